@@ -1,0 +1,337 @@
+"""Settings of a run: frozen dataclasses, read from YAML, overridden by `key=value`.
+
+Every default is the paper's value for knowledge incorporation (see `configs/` for the others).
+Every field is written into the run folder, so a run can be repeated from its folder alone.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+
+from seal_jax.errors import SealError
+
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
+ALL_TARGETS: tuple[Target, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+Fraction = typing.Annotated[float, pydantic.Field(gt=0, le=1)]
+Count = typing.Annotated[int, pydantic.Field(ge=0)]
+Positive = typing.Annotated[int, pydantic.Field(ge=1)]
+Rate = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which language model."""
+
+    path: str = "tiny-world"
+    """Folder in Hugging Face format, hub id, or a built-in model: tiny-world, tiny-grids."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights; auto is bfloat16 on accelerators and float32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter; its product is scaled by alpha / rank."""
+
+    rank: Positive = 32
+    alpha: float = 64.0
+    targets: tuple[Target, ...] = ("q", "v")
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The inner loop: how one self-edit is applied (paper section 3.1)."""
+
+    learning_rate: Rate = 1e-3
+    epochs: Count = 10
+    batch_size: Count = 1
+    """Texts per optimizer step; 0 takes all texts of a self-edit in every step."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Count = 0
+    weight_decay: Rate = 0.0
+    clip: Rate = 1.0
+    """Global norm of the gradient; 0 does not clip."""
+    max_length: Positive = 2048
+    """Tokens of one training text; longer ones are cut."""
+    max_steps: Count = 0
+    """A self-edit asking for more steps trains nothing (as the reference does); 0 is no limit."""
+    pad_loss: bool = False
+    """Train on padding up to max_length, as the reference does; for fidelity checks only."""
+    chunk: Count = 0
+    """Candidates in one program; 0 chooses by the device."""
+    remat: Literal["auto", "none", "layers"] = "auto"
+    """Recompute activations in the backward pass, a layer at a time; auto: on accelerators."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How self-edits are written."""
+
+    n: Positive = 5
+    """Self-edits for each context."""
+    temperature: Rate = 1.0
+    top_p: Fraction = 0.95
+    max_tokens: Positive = 8192
+    chunk: Count = 0
+    """Sequences decoded together; 0 chooses by the device."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How questions are answered, always greedily."""
+
+    max_tokens: Positive = 64
+    chunk: Count = 0
+    """Sequences decoded together; 0 chooses by the device."""
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning of the policy on kept self-edits (the M-step)."""
+
+    method: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora(rank=64, alpha=128.0, targets=ALL_TARGETS)
+    learning_rate: Rate = 3e-4
+    epochs: Count = 2
+    batch_size: Positive = 10
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: Count = 0
+    weight_decay: Rate = 0.0
+    clip: Rate = 1.0
+    max_length: Positive = 8192
+
+
+@dataclass(frozen=True)
+class Outer:
+    """The outer loop: rounds of ReST-EM."""
+
+    rounds: Count = 2
+    contexts: Positive = 50
+    """New contexts in each round."""
+    seeds: Positive = 3
+    """Inner loops per self-edit; its reward is their mean."""
+    keep: Count = 1
+    """Best self-edits kept of each context; 0 keeps all that reach min_reward."""
+    min_reward: float | None = None
+    """Self-edits below it are never kept; the paper has no threshold for SQuAD, 1 for ARC."""
+    control: bool = False
+    """Also train a control policy on a random self-edit of each context instead of the best."""
+    sft: Sft = Sft()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The table at the end of a run, on held-out contexts."""
+
+    contexts: Count = 0
+    """Held-out contexts; 0 evaluates nothing."""
+    seeds: Positive = 1
+    n: Positive = 1
+    """Self-edits written for each held-out context."""
+
+
+@dataclass(frozen=True)
+class OpenAI:
+    """An OpenAI-compatible endpoint as judge; the key comes from the environment only."""
+
+    model: str = "gpt-4.1"
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    concurrency: Positive = 16
+    retries: Count = 6
+    timeout_s: Rate = 60.0
+    max_calls: Count = 0
+    """Calls allowed before the run stops with an error; 0 is no limit."""
+    cache: str = "~/.cache/seal_jax/judge"
+
+
+@dataclass(frozen=True)
+class Arc:
+    """Settings of the few-shot task (ARC)."""
+
+    solutions: str | None = None
+    held_out_solutions: str | None = None
+    format: Literal["llama", "compact"] = "llama"
+    """Grid text: the reference's chat text, or one token per cell for tiny models."""
+    max_examples: Positive = 250
+    max_tokens: Positive = 8192
+    """Training examples longer than this are dropped."""
+    permutations: Count = 1
+    reference_quirks: bool = False
+    grammar: bool = False
+    """Sample self-edits under a grammar, so that each is valid JSON of the schema."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the model learns from: contexts, how to ask for self-edits, how to grade."""
+
+    name: str = "squad"
+    """squad, arc, tiny-world, tiny-grids, or `package.module:factory` (called with this group)."""
+    path: str | None = None
+    """Training contexts: a file in SEAL's or SQuAD's format, or a hub id."""
+    held_out: str | None = None
+    """Held-out contexts; without it they are taken from the end of `path`'s order."""
+    order_seed: int | None = 42
+    """Shuffle of the contexts, as the reference's `random.seed(42)`; null keeps file order."""
+    style: Literal[
+        "implications",
+        "implications-long",
+        "implications-very-long",
+        "implications-chain-of-thought",
+        "rewrite",
+        "self-qa",
+        "none",
+        "compact",
+    ] = "implications"
+    """How a self-edit is asked for (paper section B.11); compact is the tiny world's."""
+    chat: bool = False
+    """Prompts for instruction-tuned models."""
+    split_newlines: bool = True
+    """Each line of a self-edit is its own training text."""
+    judge: Literal["offline", "exact", "openai", "model"] = "offline"
+    openai: OpenAI = OpenAI()
+    arc: Arc = Arc()
+    size: Count = 0
+    """Contexts taken from `path` (tiny tasks: generated); 0 is all."""
+    seed: int = 0
+    """Of generated worlds."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    model: Model = Model()
+    task: Task = Task()
+    lora: Lora = Lora()
+    inner: Inner = Inner()
+    sampling: Sampling = Sampling()
+    answers: Answers = Answers()
+    outer: Outer = Outer()
+    evaluation: Evaluation = Evaluation()
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(default=())
+    """Where scalars go besides metrics.jsonl."""
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Returns the settings in a YAML file, changed by `key=value` overrides.
+
+    Args:
+      path: A YAML file, or None for the defaults.
+      overrides: Such as `inner.epochs=5`; values are YAML.
+
+    Raises:
+      SealError: names the file and key, and suggests the nearest known key.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    origin = str(path) if path is not None else "configuration"
+    _check_keys(tree, Config, origin)
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key:
+            raise SealError(f"override {item!r}: expected key=value, such as inner.epochs=5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SealError(f"override {item!r}: the value is not YAML") from error
+        branch: Any = value
+        for part in reversed(key.split(".")):
+            branch = {part: branch}
+        _check_keys(branch, Config, f"override {item!r}")
+        tree = _merge(tree, branch)
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SealError(f"{origin}: {key}={first['input']!r}: {first['msg']}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a group of settings as plain dicts, lists and scalars."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def dump(config: Config) -> str:
+    """Returns the settings as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def digest(config: Any) -> str:
+    """Returns 12 hex digits that name these settings."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SealError(f"{path}: no such configuration file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise SealError(f"{path}{where}: not valid YAML") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SealError(f"{path}: expected `key: value` lines at the top level")
+    return tree
+
+
+def _group(kind: Any) -> type | None:
+    """Returns the dataclass a field holds, or None for a plain value."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def known_keys(group: type = Config, prefix: str = "") -> list[str]:
+    """Returns every dotted key below a group of settings."""
+    keys = []
+    for entry in dataclasses.fields(group):
+        keys.append(prefix + entry.name)
+        inner = _group(entry.type)
+        if inner:
+            keys += known_keys(inner, f"{prefix}{entry.name}.")
+    return keys
+
+
+def _check_keys(tree: Any, group: type, origin: str, prefix: str = "") -> None:
+    if not isinstance(tree, dict):
+        raise SealError(f"{origin}: {prefix.rstrip('.')} holds a group of settings, not {tree!r}")
+    fields = {entry.name: entry for entry in dataclasses.fields(group)}
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
+            near = near or [k for k in known_keys() if k.split(".")[-1] == str(key)][:1]
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SealError(f"{origin}: unknown key {dotted!r}{hint}")
+        inner = _group(fields[key].type)
+        if inner and value is not None:
+            _check_keys(value, inner, origin, f"{dotted}.")
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Returns base with change laid over it, group by group."""
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merge(old, value) if both else value
+    return result

@@ -1,0 +1,9 @@
+"""Errors that are sentences for a user: the command line prints them and exits with status 2."""
+
+
+class SealError(ValueError):
+    """Something the user gave us is wrong; one sentence naming the file, key or line."""
+
+
+class SelfEditError(SealError):
+    """A self-edit (model output, untrusted) that cannot be applied; the message says why."""
