@@ -1,0 +1,143 @@
+"""Low-rank adapters as their own pytree: frozen and trained things are separate arguments."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from seal_jax import config as config_lib
+from seal_jax import dims
+from seal_jax.errors import SealError
+
+if TYPE_CHECKING:
+    from seal_jax.params import ModelConfig, Params
+
+# Input and output dimensions of the seven projections; the weights table is built on this.
+PROJECTIONS = {
+    "q": ("d", "nh"),
+    "k": ("d", "kh"),
+    "v": ("d", "kh"),
+    "o": ("nh", "d"),
+    "gate": ("d", "f"),
+    "up": ("d", "f"),
+    "down": ("f", "d"),
+}
+
+
+@struct.dataclass
+class Adapter:
+    """LoRA factors of each adapted projection, float32; the change of a weight is scale · a·b.
+
+    Attributes:
+      a: Per target, [l, in, r].
+      b: Per target, [l, r, out].
+      scale: alpha / rank.
+    """
+
+    a: dict[str, jax.Array]
+    b: dict[str, jax.Array]
+    scale: float = struct.field(pytree_node=False)
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.a.values())).shape[-1]
+
+
+def shapes(config: "ModelConfig", settings: config_lib.Lora) -> Adapter:
+    """Returns the adapter with every array replaced by its jax.ShapeDtypeStruct."""
+    size = dims.sizes(config)
+    layers, rank = config.n_layers, settings.rank
+
+    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    targets = sorted(settings.targets, key=list(PROJECTIONS).index)
+    return Adapter(
+        a={t: leaf(layers, size[PROJECTIONS[t][0]], rank) for t in targets},
+        b={t: leaf(layers, rank, size[PROJECTIONS[t][1]]) for t in targets},
+        scale=settings.alpha / rank,
+    )
+
+
+def init(config: "ModelConfig", settings: config_lib.Lora, key: jax.Array) -> Adapter:
+    """Returns a fresh adapter that changes nothing: a Kaiming-uniform, b zero, as PEFT does."""
+    tree = shapes(config, settings)
+    # One draw for all targets: compiling seven of them takes seconds on a CPU.
+    flat = jax.random.uniform(key, (sum(x.size for x in tree.a.values()),), minval=-1.0)
+    a, start = {}, 0
+    for target, leaf in tree.a.items():
+        part = flat[start : start + leaf.size].reshape(leaf.shape)
+        a[target] = part / math.sqrt(leaf.shape[1])
+        start += leaf.size
+    return tree.replace(a=a, b={t: jnp.zeros(x.shape, x.dtype) for t, x in tree.b.items()})
+
+
+def project(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    factors: tuple[jax.Array, jax.Array] | None = None,
+    scale: float = 1.0,
+) -> jax.Array:
+    """Returns x·(weight + scale·a·b) + bias without ever forming the sum, in x's dtype."""
+    y = x @ weight.astype(x.dtype)
+    if factors is not None:
+        a, b = factors
+        y += scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+def merge(params: "Params", adapter: Adapter, cfg: object = None) -> "Params":
+    """Returns weights that alone act as the weights with the adapter.
+
+    Args:
+      cfg: Not needed, since an adapter carries its scale; accepted like in `save_peft`.
+    """
+    del cfg
+    layers = dict(params.layers)
+    for target, a in adapter.a.items():
+        change = jnp.matmul(a, adapter.b[target], precision="highest") * adapter.scale
+        weight = layers[target]
+        layers[target] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+    return params.replace(layers=layers)
+
+
+def concat(adapters: Sequence[Adapter]) -> Adapter:
+    """Returns one adapter that acts as the sum of several: their ranks laid side by side.
+
+    Raises:
+      SealError: where the adapters do not adapt the same projections.
+    """
+    if not adapters:
+        raise SealError("concat: no adapters were given")
+    first = adapters[0]
+    if any(set(x.a) != set(first.a) for x in adapters):
+        raise SealError("concat: the adapters adapt different projections")
+    # The sum has one scale; the others' go into their b factors.
+    scales = [x.scale / first.scale for x in adapters]
+    return Adapter(
+        a={t: jnp.concatenate([x.a[t] for x in adapters], -1) for t in first.a},
+        b={
+            t: jnp.concatenate(
+                [x.b[t] * s if s != 1 else x.b[t] for x, s in zip(adapters, scales, strict=True)],
+                -2,
+            )
+            for t in first.b
+        },
+        scale=first.scale,
+    )
+
+
+def stack(adapters: Sequence[Adapter]) -> Adapter:
+    """Returns adapters of one shape with a leading candidate axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+
+
+def take(adapters: Adapter, index: jax.Array | int | Sequence[int] | slice) -> Adapter:
+    """Returns some of the stacked adapters."""
+    if isinstance(index, list | tuple):
+        index = jnp.asarray(index)
+    return jax.tree.map(lambda leaf: leaf[index], adapters)

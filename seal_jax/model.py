@@ -1,0 +1,251 @@
+"""The decoder of Qwen2/2.5, Qwen3 and Llama 3, as pure functions of its weights.
+
+Layers are stacked, so that `lax.scan` runs over them and a weight is one array of the whole model.
+An adapter is a separate argument and may be None.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from seal_jax import attention, lora
+from seal_jax.lora import Adapter
+from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, table
+
+__all__ = ["ModelConfig", "Params", "RopeScaling", "init", "shapes", "table"]
+
+# Up to here the scan over layers is unrolled: the steps of a CPU loop cost more than they save.
+_UNROLLED_LAYERS = 4
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Returns x scaled to unit root mean square over its last axis, then by weight."""
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (weight * x32.astype(x.dtype)).astype(x.dtype)
+
+
+def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns cosines and sines of the rotary angles, float32, positions' shape plus [h]."""
+    half = np.arange(0, config.d_head, 2, dtype=np.float64) / config.d_head
+    inverse = config.rope_theta**-half
+    if config.rope_scaling:
+        s = config.rope_scaling
+        turns = s.original_max_position_embeddings * inverse / (2 * math.pi)
+        smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        inverse = inverse * (smooth + (1 - smooth) / s.factor)
+    angles = positions[..., None].astype(jnp.float32) * inverse.astype(np.float32)
+    angles = jnp.concatenate([angles, angles], -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Returns heads [..., n, h] turned by the angles of their positions."""
+    cos, sin = (part[..., None, :] for part in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([-second, first], -1)
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def _layer(x_btd, weights, factors, scale, config, rope, attend):
+    """Returns the residual stream after one layer; `attend(q, k, v)` is the caller's attention."""
+
+    def project(name: str, x: jax.Array) -> jax.Array:
+        return lora.project(x, weights[name], weights.get(f"{name}_bias"), factors.get(name), scale)
+
+    def heads(name: str, x: jax.Array) -> jax.Array:
+        y = project(name, x)
+        return y.reshape(*y.shape[:-1], -1, config.d_head)
+
+    y = rms_norm(x_btd, weights["attention_norm"], config.rms_eps)
+    q, k, v = heads("q", y), heads("k", y), heads("v", y)
+    if config.qk_norm:
+        q = rms_norm(q, weights["q_norm"], config.rms_eps)
+        k = rms_norm(k, weights["k_norm"], config.rms_eps)
+    mixed = attend(_rotate(q, rope), _rotate(k, rope), v)
+    x_btd = x_btd + project("o", mixed.reshape(*mixed.shape[:-2], -1))
+    y = rms_norm(x_btd, weights["mlp_norm"], config.rms_eps)
+    return x_btd + project("down", jax.nn.silu(project("gate", y)) * project("up", y))
+
+
+def _factors(adapter: Adapter | None) -> tuple[dict[str, tuple[jax.Array, jax.Array]], float]:
+    """Returns the adapter as pairs by target, and its scale."""
+    if adapter is None:
+        return {}, 1.0
+    return {name: (adapter.a[name], adapter.b[name]) for name in adapter.a}, adapter.scale
+
+
+def _unroll(config: ModelConfig) -> int:
+    return config.n_layers if config.n_layers <= _UNROLLED_LAYERS else 1
+
+
+def segment_positions(segments_bt: jax.Array) -> jax.Array:
+    """Returns each token's place within its own segment, [b, t]."""
+    place = jnp.arange(segments_bt.shape[1])
+    new = segments_bt != jnp.pad(segments_bt, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return place - jax.lax.cummax(jnp.where(new, place, 0), axis=1)
+
+
+def hidden(
+    params: Params,
+    adapter: Adapter | None,
+    tokens_bt: jax.Array,
+    *,
+    segments_bt: jax.Array | None = None,
+    remat: bool = False,
+    keep_keys: bool = False,
+):
+    """Returns the final normalised activations [b, t, d] (and keys and values, if kept).
+
+    Args:
+      segments_bt: Texts packed in a row, numbered from 1; 0 is padding. Each sees itself alone and
+        has its own positions. Without it a row is one text.
+      remat: Recompute each layer's activations in the backward pass.
+      keep_keys: Also return keys and values, each [l, b, k, t, h], for a cache.
+    """
+    config = params.config
+    t = tokens_bt.shape[1]
+    causal = jnp.tril(jnp.ones((t, t), bool))
+    if segments_bt is None:
+        mask, positions = causal[None], jnp.arange(t)[None]
+    else:
+        mask = causal[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
+        positions = segment_positions(segments_bt)
+    rope = rotary(positions, config)
+    factors, scale = _factors(adapter)
+
+    def body(x_btd, inputs):
+        weights, layer_factors = inputs
+        kept = []
+
+        def attend(q, k, v):
+            kept.extend([k.swapaxes(1, 2), v.swapaxes(1, 2)] if keep_keys else [])
+            return attention.attend(q, k, v, mask)
+
+        x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend)
+        return x_btd, tuple(kept)
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    x_btd = params.embed[tokens_bt]
+    x_btd, kept = jax.lax.scan(body, x_btd, (params.layers, factors), unroll=_unroll(config))
+    x_btd = rms_norm(x_btd, params.norm, config.rms_eps)
+    return (x_btd, kept) if keep_keys else x_btd
+
+
+def unembed(params: Params, x: jax.Array) -> jax.Array:
+    """Returns logits [..., v], float32."""
+    head = params.embed.T if params.head is None else params.head
+    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def forward(
+    params: Params,
+    adapter: Adapter | None,
+    tokens_bt: jax.Array,
+    config: ModelConfig | None = None,
+    *,
+    segments_bt: jax.Array | None = None,
+) -> jax.Array:
+    """Returns the logits of every next token, [b, t, v], float32.
+
+    Args:
+      adapter: A LoRA adapter, or None for the bare model.
+      config: The architecture, where it is not the one `params` carries.
+      segments_bt: See `hidden`.
+    """
+    if config is not None and config != params.config:
+        params = params.replace(config=config)
+    return unembed(params, hidden(params, adapter, tokens_bt, segments_bt=segments_bt))
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values: of prompts, shared by the samples of each, and of what they generated.
+
+    Attributes:
+      prefix_k, prefix_v: [l, b, k, t, h], padded on the right.
+      suffix_k, suffix_v: [l, b, q, k, m, h]; q samples of each prompt, room for m tokens.
+      length_b: Tokens of each prompt.
+      step: Tokens generated so far, the same for all.
+    """
+
+    prefix_k: jax.Array
+    prefix_v: jax.Array
+    suffix_k: jax.Array
+    suffix_v: jax.Array
+    length_b: jax.Array
+    step: jax.Array
+
+
+def prefill(
+    params: Params,
+    adapter: Adapter | None,
+    tokens_bt: jax.Array,
+    length_b: jax.Array,
+    *,
+    samples: int,
+    room: int,
+) -> tuple[jax.Array, Cache]:
+    """Returns logits of the token after each prompt, [b, v], and the filled cache.
+
+    Args:
+      tokens_bt: Prompts, padded on the right.
+      length_b: Their true lengths, at least 1.
+      samples: Sequences to generate from each prompt (static).
+      room: Tokens to generate at most (static).
+    """
+    x_btd, (k, v) = hidden(params, adapter, tokens_bt, keep_keys=True)
+    last_bd = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)[:, 0]
+    l, b, heads, _, h = k.shape
+    empty = jnp.zeros((l, b, samples, heads, room, h), k.dtype)
+    cache = Cache(k, v, empty, empty, length_b, jnp.zeros((), jnp.int32))
+    return unembed(params, last_bd), cache
+
+
+def decode_step(
+    params: Params, adapter: Adapter | None, token_bq: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Returns logits [b, q, v] after one more token of each sequence, and the grown cache."""
+    config = params.config
+    positions = jnp.broadcast_to((cache.length_b + cache.step)[:, None], token_bq.shape)
+    rope = rotary(positions, config)
+    factors, scale = _factors(adapter)
+
+    def body(carry, inputs):
+        x_bqd, suffix_k, suffix_v = carry
+        weights, layer_factors, prefix_k, prefix_v, layer = inputs
+        grown = []
+
+        def attend(q, k, v):
+            # The new entries go in place: the cache is a loop carry, never copied.
+            start = (layer, 0, 0, 0, cache.step, 0)
+            all_k = jax.lax.dynamic_update_slice(suffix_k, k[None, :, :, :, None], start)
+            all_v = jax.lax.dynamic_update_slice(suffix_v, v[None, :, :, :, None], start)
+            grown.extend([all_k, all_v])
+            own_k = jax.lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
+            own_v = jax.lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
+            return attention.attend_cached(
+                q, prefix_k, prefix_v, own_k, own_v, cache.length_b, cache.step
+            )
+
+        x_bqd = _layer(x_bqd, weights, layer_factors, scale, config, rope, attend)
+        return (x_bqd, *grown), None
+
+    inputs = (
+        params.layers,
+        factors,
+        cache.prefix_k,
+        cache.prefix_v,
+        jnp.arange(config.n_layers),
+    )
+    carry = (params.embed[token_bq], cache.suffix_k, cache.suffix_v)
+    carry, _ = jax.lax.scan(body, carry, inputs, unroll=_unroll(config))
+    x_bqd, suffix_k, suffix_v = carry
+    x_bqd = rms_norm(x_bqd, params.norm, config.rms_eps)
+    cache = cache.replace(suffix_k=suffix_k, suffix_v=suffix_v, step=cache.step + 1)
+    return unembed(params, x_bqd), cache
