@@ -1,0 +1,170 @@
+"""Reads passages with questions: SEAL's JSON, SQuAD's own JSON, and data sets on the hub."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from seal_jax.errors import SealError
+from seal_jax.tasks import Context, Question
+
+
+def load(path_or_hub_id: str | Path) -> list[Context]:
+    """Returns the passages of a file or data set, in its order.
+
+    A context's `data` holds what else its entry says, such as `completions` and `prompt`.
+
+    Args:
+      path_or_hub_id: A JSON file (also .gz): a list of `{"title", "context", "questions":
+        [{"question", "answer"}]}`, SEAL's format, or SQuAD's `{"data": [{"title", "paragraphs":
+        [{"context", "qas"}]}]}`. Or what `datasets` reads, one row for each passage (SEAL's) or
+        question (SQuAD's): a .jsonl or .parquet file, a folder, or a hub id such as
+        `rajpurkar/squad`, with `:SPLIT` after it for another split than train.
+
+    Raises:
+      SealError: names the file and the entry.
+    """
+    path, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if path.is_file() and name.removesuffix(".gz").endswith(".json"):
+        content = _read_json(path)
+        squad = isinstance(content, dict) and isinstance(content.get("data"), list)
+        entries = _articles(content["data"], name) if squad else content
+    else:
+        rows = [dict(row) for row in _rows(name)]
+        entries = rows if rows and "questions" in rows[0] else _group(rows, name)
+    if not isinstance(entries, list):
+        raise SealError(f"{name}: expected a list of passages or SQuAD's {{'data': [...]}}")
+    if not entries:
+        raise SealError(f"{name}: holds no passage")
+    return from_entries(entries, name)
+
+
+def from_entries(entries: list[Any], origin: str) -> list[Context]:
+    """Returns the contexts of entries in SEAL's format.
+
+    Args:
+      origin: The file, for error messages.
+    """
+    contexts, seen = [], {}
+    for i, entry in enumerate(entries):
+        where = f"{origin}: entry {i}"
+        if not isinstance(entry, dict):
+            raise SealError(f"{where}: expected an object with title, context and questions")
+        title, passage = _text(entry, "title", where), _text(entry, "context", where)
+        if not passage.strip():
+            raise SealError(f"{where}: the context is blank")
+        asked = _list(entry, "questions", where)
+        questions = []
+        for j, item in enumerate(asked):
+            spot = f"{where}, question {j}"
+            if not isinstance(item, dict):
+                raise SealError(f"{spot}: expected an object with question and answer")
+            text, gold = _text(item, "question", spot), _text(item, "answer", spot)
+            questions.append(Question(prompt="", gold=gold, text=text))
+        name = context_id(title, passage)
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:
+            name += f"-{seen[name]}"
+        rest = {k: v for k, v in entry.items() if k not in ("title", "context", "questions")}
+        contexts.append(Context(name, title, passage, tuple(questions), rest))
+    return contexts
+
+
+def context_id(title: str, passage: str) -> str:
+    """Returns the name of a passage: the same wherever and in whatever order it is read."""
+    return hashlib.sha256(f"{title}\0{passage}".encode()).hexdigest()[:12]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return json.load(file)
+    except json.JSONDecodeError as error:
+        raise SealError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise SealError(f"{path}: not a readable UTF-8 file: {error}") from error
+
+
+def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
+    """Returns SQuAD's nested articles as entries in SEAL's format."""
+    rows = []
+    for i, article in enumerate(data):
+        where = f"{origin}: article {i}"
+        if not isinstance(article, dict):
+            raise SealError(f"{where}: expected an object with title and paragraphs")
+        title = _text(article, "title", where).replace("_", " ")
+        for j, paragraph in enumerate(_list(article, "paragraphs", where)):
+            spot = f"{where}, paragraph {j}"
+            if not isinstance(paragraph, dict):
+                raise SealError(f"{spot}: expected an object with context and qas")
+            context = _text(paragraph, "context", spot)
+            questions = []
+            for k, qa in enumerate(_list(paragraph, "qas", spot)):
+                at = f"{spot}, question {k}"
+                if not isinstance(qa, dict):
+                    raise SealError(f"{at}: expected an object with question and answers")
+                if qa.get("is_impossible"):
+                    continue  # SQuAD 2.0: a question without an answer cannot be graded
+                answers = _list(qa, "answers", at)
+                if not answers or not isinstance(answers[0], dict):
+                    raise SealError(f"{at}: no answer is given")
+                question, gold = _text(qa, "question", at), _text(answers[0], "text", at)
+                questions.append({"question": question, "answer": gold})
+            rows.append({"title": title, "context": context, "questions": questions})
+    return rows
+
+
+def _rows(name: str) -> Iterable[dict[str, Any]]:
+    """Returns the rows of a data set, by way of the `datasets` library."""
+    suffix = {".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    hub_id, _, split = name.partition(":")
+    if Path(name).is_file() and suffix is None:
+        raise SealError(f"{name}: expected a .json, .json.gz, .jsonl or .parquet file")
+    looks_local = suffix or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if looks_local and not Path(name).exists() or name.endswith((".json", ".gz")):
+        raise SealError(f"{name}: no such file")
+    from datasets import load_dataset  # slow to import, and most runs never need it
+
+    try:
+        if suffix:
+            return load_dataset(suffix, data_files=name, split="train")
+        return load_dataset(name if Path(name).is_dir() else hub_id, split=split or "train")
+    except Exception as error:  # datasets raises many kinds, from network and parsing alike
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SealError(f"{name}: cannot be read as a file or hub data set: {reason}") from error
+
+
+def _group(rows: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
+    """Returns SQuAD's rows, one for each question, as entries in SEAL's format."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for i, row in enumerate(rows):
+        where = f"{origin}: row {i}"
+        title = _text(row, "title", where).replace("_", " ")
+        context, question = _text(row, "context", where), _text(row, "question", where)
+        answers = row.get("answers")
+        texts = answers.get("text") if isinstance(answers, dict) else None
+        if texts is None:
+            raise SealError(f"{where}: expected answers with a list of texts")
+        entry = {"title": title, "context": context, "questions": []}
+        entry = entries.setdefault((title, context), entry)
+        if len(texts):  # SQuAD 2.0: no text, no answer, nothing to grade
+            entry["questions"].append({"question": question, "answer": texts[0]})
+    return list(entries.values())
+
+
+def _text(entry: dict[str, Any], key: str, where: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str):
+        problem = f"no {key!r}" if key not in entry else f"{key!r} is not text"
+        raise SealError(f"{where}: {problem}")
+    return value
+
+
+def _list(entry: dict[str, Any], key: str, where: str) -> list[Any]:
+    value = entry.get(key)
+    if not isinstance(value, list):
+        problem = f"no {key!r}" if key not in entry else f"{key!r} is not a list"
+        raise SealError(f"{where}: {problem}")
+    return value
