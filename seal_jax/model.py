@@ -86,6 +86,7 @@ def _unroll(config: ModelConfig) -> int:
 def segment_positions(segments_bt: jax.Array) -> jax.Array:
     """Returns each token's place within its own segment, [b, t]."""
     place = jnp.arange(segments_bt.shape[1])
+    segments_bt = jnp.abs(segments_bt)
     new = segments_bt != jnp.pad(segments_bt, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     return place - jax.lax.cummax(jnp.where(new, place, 0), axis=1)
 
@@ -103,7 +104,8 @@ def hidden(
 
     Args:
       segments_bt: Texts packed in a row, numbered from 1; 0 is padding. Each sees itself alone and
-        has its own positions. Without it a row is one text.
+        has its own positions. -n is padding of text n that is trained on, as the reference does:
+        it sees text n and nothing sees it. Without segments a row is one text.
       remat: Recompute each layer's activations in the backward pass.
       keep_keys: Also return keys and values, each [l, b, k, t, h], for a cache.
     """
@@ -113,7 +115,7 @@ def hidden(
     if segments_bt is None:
         mask, positions = causal[None], jnp.arange(t)[None]
     else:
-        mask = causal[None] & (segments_bt[:, :, None] == segments_bt[:, None, :])
+        mask = causal[None] & (jnp.abs(segments_bt)[:, :, None] == segments_bt[:, None, :])
         positions = segment_positions(segments_bt)
     rope = rotary(positions, config)
     factors, scale = _factors(adapter)

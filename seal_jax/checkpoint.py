@@ -1,0 +1,352 @@
+"""Models in Hugging Face's format, in and out: config.json, safetensors, tokenizer files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from seal_jax import config as config_lib
+from seal_jax import params as params_lib
+from seal_jax.errors import SealError
+from seal_jax.params import ModelConfig, Params, RopeScaling
+
+BUILT_IN = {
+    name: Path(__file__).parent / "tiny" / "weights" / name for name in ("tiny-world", "tiny-grids")
+}
+_FAMILIES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+}
+_SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
+
+
+class LM(NamedTuple):
+    """A language model: weights, tokenizer, architecture, and the folder it came from."""
+
+    params: Params
+    tokenizer: Any
+    config: ModelConfig
+    source: Path | None = None
+
+
+def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None) -> LM:
+    """Returns a model from a folder, a hub id, or a built-in name (tiny-world, tiny-grids).
+
+    Raises:
+      SealError: names the file and what is missing, misshapen or unsupported.
+    """
+    if not isinstance(model, config_lib.Model):
+        model = config_lib.Model(path=str(model))
+    folder = find(model.path, model.revision)
+    config = read_config(folder)
+    kind = dtype or model.dtype
+    if kind == "auto":
+        kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return LM(read_params(folder, config, jnp.dtype(kind)), load_tokenizer(folder), config, folder)
+
+
+def find(path: str, revision: str | None = None) -> Path:
+    """Returns the folder of a model; a hub id is downloaded (weights, JSON and templates only)."""
+    if path in BUILT_IN:
+        return BUILT_IN[path]
+    folder = Path(path).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise SealError(f"{folder}: no config.json there, so it is not a model folder")
+        return folder
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise SealError(f"{path}: no such folder, and not a hub id such as Qwen/Qwen2.5-0.5B")
+    import huggingface_hub
+
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
+        return Path(
+            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted)
+        )
+    except Exception as error:  # the hub's many exceptions, network errors among them
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SealError(
+            f"{path}: no such folder, and the hub did not serve it: {detail}"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Returns the folder's tokenizer; code in the folder is never run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise SealError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Returns the architecture in config.json, in transformers 4's or 5's spelling.
+
+    Raises:
+      SealError: for another architecture, or a setting that would change the numbers unnoticed.
+    """
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SealError(f"{file}: not readable as JSON: {error}") from error
+    names = raw.get("architectures") or []
+    family = next((_FAMILIES[n] for n in names if n in _FAMILIES), None)
+    if family is None:
+        known = ", ".join(_FAMILIES)
+        raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {known}")
+    _refuse(raw, file)
+    try:
+        d, n = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+        config = ModelConfig(
+            vocab_size=int(raw["vocab_size"]),
+            d_model=d,
+            n_layers=int(raw["num_hidden_layers"]),
+            n_heads=n,
+            n_kv_heads=int(raw.get("num_key_value_heads") or n),
+            d_head=int(raw.get("head_dim") or (128 if family == "qwen3" else d // n)),
+            d_ff=int(raw["intermediate_size"]),
+            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            family=family,
+            **_rope(raw, file),
+            **_ends(raw, folder),
+        )
+    except KeyError as error:
+        raise SealError(f"{file}: no key {error.args[0]!r}") from error
+    if config.n_heads % config.n_kv_heads:
+        raise SealError(
+            f"{file}: num_attention_heads={n} is no multiple of num_key_value_heads="
+            f"{config.n_kv_heads}"
+        )
+    return config
+
+
+def _refuse(raw: dict[str, Any], file: Path) -> None:
+    """Raises for settings that this implementation does not honour."""
+    harmless: dict[str, tuple[Any, ...]] = {
+        "hidden_act": (None, "silu"),
+        "use_sliding_window": (None, False),
+        "attention_bias": (None, False),
+        "mlp_bias": (None, False),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (None, 1, 1.0),
+    }
+    for key, values in harmless.items():
+        if raw.get(key) not in values:
+            raise SealError(f"{file}: {key}={raw[key]!r} is not supported")
+    if "sliding_attention" in (raw.get("layer_types") or []):
+        raise SealError(f"{file}: layer_types has sliding_attention, which is not supported")
+
+
+def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    new = raw.get("rope_parameters") or {}
+    scaling = new or raw.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    theta = float(new.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise SealError(f"{file}: rope type {kind!r} is not supported (default, llama3)")
+    values = {name: scaling[name] for name in RopeScaling._fields}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**values)}
+
+
+def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the ids that end a generation; generation_config.json knows best."""
+    generation = folder / "generation_config.json"
+    try:
+        better = json.loads(generation.read_text()) if generation.is_file() else {}
+    except ValueError as error:
+        raise SealError(f"{generation}: not readable as JSON: {error}") from error
+    ends: list[int] = []
+    for source in (better, raw):
+        value = source.get("eos_token_id")
+        ends += value if isinstance(value, list) else [] if value is None else [value]
+    return {"eos_ids": tuple(dict.fromkeys(ends)), "bos_id": raw.get("bos_token_id")}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Returns the file that holds each tensor."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            places = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise SealError(f"{index}: not an index of safetensors files") from error
+        return {name: folder / file for name, file in places.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise SealError(f"{folder}: no model.safetensors and no index (only safetensors are read)")
+    with _open(single) as file:
+        return {name: single for name in file.keys()}
+
+
+def _open(file: Path):
+    try:
+        return safetensors.safe_open(file, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SealError(f"{file}: not readable as safetensors: {error}") from error
+
+
+def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Returns the weights of a folder, layers stacked.
+
+    One stacked tensor at a time is held on the host besides what has gone to the device.
+    """
+    places = _files(folder)
+    opened: dict[Path, Any] = {}
+
+    def read(name: str, want: tuple[int, ...], transposed: bool) -> np.ndarray:
+        if name not in places:
+            raise SealError(f"{folder}: tensor {name!r} is missing")
+        file = opened.setdefault(places[name], None) or _open(places[name])
+        opened[places[name]] = file
+        try:
+            value = file.get_tensor(name)
+        except (safetensors.SafetensorError, AttributeError) as error:
+            raise SealError(f"{places[name]}: tensor {name!r} cannot be read: {error}") from error
+        stored = want[::-1] if transposed else want
+        if value.shape != stored:
+            raise SealError(
+                f"{places[name]}: tensor {name!r} has shape {value.shape}, "
+                f"config.json says {stored}"
+            )
+        if value.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
+            raise SealError(f"{places[name]}: tensor {name!r} has type {value.dtype}")
+        return value.T if transposed else value
+
+    def leaf(name: str, weight: params_lib.Weight, shape: tuple[int, ...]) -> jax.Array:
+        if weight.dims[0] != "l":
+            return jnp.asarray(read(weight.source, shape, weight.transposed).astype(dtype))
+        out = np.empty(shape, dtype)
+        for layer in range(config.n_layers):
+            out[layer] = read(weight.source.format(l=layer), shape[1:], weight.transposed)
+        return jnp.asarray(out)
+
+    return params_lib.build(config, leaf)
+
+
+def named_tensors(params: Params) -> dict[str, Callable[[], np.ndarray]]:
+    """Returns, by Hugging Face name, functions that give each tensor C-contiguous.
+
+    safetensors 0.8 writes wrong data for transposed views, without an error.
+    """
+    result: dict[str, Callable[[], np.ndarray]] = {}
+    for name, weight in params_lib.table(params.config).items():
+        value = params.layers[name] if name in params.layers else getattr(params, name)
+
+        def tensor(value=value, layer=None, flip=weight.transposed) -> np.ndarray:
+            array = np.asarray(value if layer is None else value[layer])
+            return np.ascontiguousarray(array.T if flip else array)
+
+        if weight.dims[0] != "l":
+            result[weight.source] = tensor
+            continue
+        for layer in range(params.config.n_layers):
+            result[weight.source.format(l=layer)] = lambda t=tensor, i=layer: t(layer=i)
+    return result
+
+
+def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
+    """Writes a model that transformers, vLLM and `load_model` read; returns its folder.
+
+    Configuration and tokenizer files are copied verbatim from where the model came from, since
+    re-saved ones are misread by older tools. The folder appears complete or not at all.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise SealError(f"{folder}: already there and not empty; nothing was written")
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    _copy_metadata(lm, work)
+    tensors = named_tensors(lm.params)
+    groups: list[list[str]] = [[]]
+    room, total = shard, 0
+    itemsize = lm.params.embed.dtype.itemsize
+    for name, size in _sizes(lm.params).items():
+        size *= itemsize
+        if size > room and groups[-1]:
+            groups.append([])
+            room = shard
+        groups[-1].append(name)
+        room -= size
+        total += size
+    index = {}
+    for number, names in enumerate(groups, 1):
+        file = "model.safetensors"
+        if len(groups) > 1:
+            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        chunk = {name: tensors[name]() for name in names}
+        safetensors.numpy.save_file(chunk, work / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        table = {"metadata": {"total_size": total}, "weight_map": index}
+        (work / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
+    if folder.exists():
+        folder.rmdir()
+    work.rename(folder)
+    return folder
+
+
+def _sizes(params: Params) -> dict[str, int]:
+    sizes = {}
+    for name, weight in params_lib.table(params.config).items():
+        value = params.layers[name] if name in params.layers else getattr(params, name)
+        layered = weight.dims[0] == "l"
+        for layer in range(params.config.n_layers if layered else 1):
+            sizes[weight.source.format(l=layer)] = value[0].size if layered else value.size
+    return sizes
+
+
+def _copy_metadata(lm: LM, folder: Path) -> None:
+    if lm.source is not None:
+        for file in lm.source.iterdir():
+            keep = file.suffix in (".json", ".jinja", ".txt", ".model")
+            if keep and file.is_file() and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / file.name)
+        return
+    (folder / "config.json").write_text(json.dumps(write_config(lm.config, lm.params), indent=2))
+    if lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
+
+
+def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:
+    """Returns config.json in transformers 4's spelling, which version 5 reads as well."""
+    name = next(k for k, v in _FAMILIES.items() if v == config.family)
+    scaling = config.rope_scaling
+    return {
+        "architectures": [name],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.d_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling._asdict()},
+        "tie_word_embeddings": config.tied,
+        "torch_dtype": str(params.embed.dtype),
+        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        "bos_token_id": config.bos_id,
+    }

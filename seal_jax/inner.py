@@ -1,0 +1,183 @@
+"""The inner loop: apply a self-edit by a short LoRA fine-tune. One candidate, then many by vmap."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seal_jax import batching, lora, optim
+from seal_jax import config as config_lib
+from seal_jax.batching import Batch, Slots
+from seal_jax.lora import Adapter
+from seal_jax.optim import Measures
+from seal_jax.params import Params
+
+# One candidate's Slots, as vmap sees them: arrays without a candidate axis are shared.
+_AXES = {name: None if name in batching.SHARED else 0 for name in Slots.__dataclass_fields__}
+
+
+def fit(
+    loss_of: Callable[..., jax.Array],
+    trained: Any,
+    slots: Slots,
+    settings: config_lib.Inner | config_lib.Sft,
+) -> tuple[Any, Measures]:
+    """Returns what is trained after all its steps, and measures [i] of each, NaN past the last.
+
+    Pure, for one candidate (no `c` axis). A step in which the candidate is not active changes
+    nothing.
+
+    Args:
+      loss_of: Called as loss_of(trained, tokens_bt, weights_bt, segments_bt).
+      settings: schedule, warmup_steps, clip and weight_decay are read (static).
+    """
+    room = slots.bucket_i.shape[0]
+    rate = lambda step: optim.learning_rate(
+        settings.schedule, step, slots.learning_rate_c, slots.total_c, settings.warmup_steps
+    )
+
+    def gradient(bucket: int, trained: Any, row: jax.Array) -> tuple[jax.Array, Any]:
+        texts = (slots.tokens[bucket], slots.weights[bucket], slots.segments[bucket])
+        texts = [jax.lax.dynamic_index_in_dim(x, row, keepdims=False) for x in texts]
+        return jax.value_and_grad(loss_of)(trained, *texts)
+
+    branches = [functools.partial(gradient, k) for k in range(len(slots.tokens))]
+
+    def visit(i: jax.Array, carry):
+        state, measures = carry
+        # The bucket is the same for all candidates, so under vmap this stays a real branch.
+        value, grads = jax.lax.switch(slots.bucket_i[i], branches, state.trained, slots.row_i[i])
+        new, seen = optim.update(
+            state, value, grads, rate, clip=settings.clip, weight_decay=settings.weight_decay
+        )
+        active = slots.active_ci[i]
+        # Inactive steps write past the end, where the write is dropped.
+        at = jnp.where(active, state.step, room)
+        measures = jax.tree.map(lambda all_, one: all_.at[at].set(one, mode="drop"), measures, seen)
+        state = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, state)
+        return state, measures
+
+    nothing = jnp.full(room, jnp.nan, jnp.float32)
+    start = (optim.init(trained), Measures(nothing, nothing, nothing))
+    state, measures = jax.lax.fori_loop(0, slots.visits, visit, start)
+    return state.trained, measures
+
+
+def adapt(
+    params: Params,
+    adapter: Adapter,
+    slots: Slots,
+    settings: config_lib.Inner,
+    *,
+    remat: bool = False,
+) -> tuple[Adapter, Measures]:
+    """Returns one candidate's adapter after its inner loop, and measures [i] of each step."""
+
+    def loss_of(adapter, tokens_bt, weights_bt, segments_bt):
+        return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
+
+    return fit(loss_of, adapter, slots, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "remat"), donate_argnames=("adapters",))
+def adapt_slots(
+    params: Params,
+    adapters: Adapter,
+    slots: Slots,
+    *,
+    settings: config_lib.Inner,
+    remat: bool = False,
+) -> tuple[Adapter, Measures]:
+    """Returns the adapters [c, ...] and measures [c, i] of a chunk; the base has no `c` axis."""
+    one = functools.partial(adapt, settings=settings, remat=remat)
+    axes = Slots(**_AXES)
+    return jax.vmap(one, in_axes=(None, 0, axes))(params, adapters, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def init_many(config, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array) -> Adapter:
+    """Returns a fresh adapter for each candidate; a candidate's depends on `key` and its id."""
+    return jax.vmap(lambda name: lora.init(config, settings, jax.random.fold_in(key, name)))(ids_c)
+
+
+def recompute(settings: config_lib.Inner) -> bool:
+    """Returns whether layers are recomputed in the backward pass on this machine."""
+    return settings.remat == "layers" or (
+        settings.remat == "auto" and jax.default_backend() != "cpu"
+    )
+
+
+def chunk_size(settings: config_lib.Inner) -> int:
+    """Returns how many candidates share a program.
+
+    On a CPU more candidates at once do not pay (the cores are busy with one), so chunks are small.
+    """
+    if settings.chunk:
+        return settings.chunk
+    return max(4, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 64
+
+
+def adapt_chunk(
+    params: Params, batch: Batch, chunk: batching.Chunk, key: jax.Array, lora_settings
+) -> tuple[Adapter, np.ndarray]:
+    """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included."""
+    ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
+    adapters = init_many(params.config, lora_settings, key, ids)
+    adapters, measures = adapt_slots(
+        params,
+        adapters,
+        chunk.slots,
+        settings=loop_settings(batch.settings),
+        remat=recompute(batch.settings),
+    )
+    return adapters, measures.loss
+
+
+def loop_settings(settings: config_lib.Inner) -> config_lib.Inner:
+    """Returns only what shapes the program, so that e.g. another learning rate compiles nothing."""
+    return config_lib.Inner(
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,
+    )
+
+
+def adapt_many(
+    params: Params, batch: Batch, key: jax.Array, cfg: config_lib.Config
+) -> tuple[Adapter, np.ndarray]:
+    """Returns adapters [c, ...] and losses [c, i] of all candidates, in the batch's order.
+
+    Losses are NaN past a candidate's last step; a NaN before it means that it diverged. What a
+    candidate's adapter becomes does not depend on its company.
+
+    Args:
+      cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
+    """
+    adapters, losses, places = [], [], []
+    for chunk in batching.arrange(batch, chunk_size(batch.settings), key):
+        some, loss = adapt_chunk(params, batch, chunk, key, cfg.lora)
+        real = np.flatnonzero(chunk.index >= 0)
+        adapters.append(lora.take(some, real))
+        losses.append(np.asarray(loss)[real])
+        places.append(chunk.index[real])
+    back = np.argsort(np.concatenate(places))
+    joined = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *adapters)
+    return joined, np.concatenate(losses)[back]
+
+
+def diverged(batch: Batch, losses: np.ndarray) -> np.ndarray:
+    """Returns which candidates [c] met a loss that is not finite."""
+    count = [c.epochs * _slot_count(c, batch.settings) for c in batch.candidates]
+    return np.array(
+        [not np.isfinite(row[:n]).all() for row, n in zip(losses, count, strict=True)], bool
+    )
+
+
+def _slot_count(candidate: batching.Candidate, settings: config_lib.Inner) -> int:
+    n = len(candidate.texts)
+    return min(n, 1) if not settings.batch_size else -(-n // settings.batch_size)

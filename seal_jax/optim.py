@@ -1,0 +1,154 @@
+"""Loss, schedules and one AdamW step, for any trained pytree (an adapter or all weights)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from seal_jax import model
+from seal_jax.lora import Adapter
+from seal_jax.params import Params
+
+# Logits of more than this many (token, vocabulary) pairs are made a part of the sequence at a time.
+_LOGITS_AT_ONCE = 1 << 22
+_LOSS_CHUNK = 128
+
+
+def token_nll(params: Params, x_btd: jax.Array, targets_bt: jax.Array) -> jax.Array:
+    """Returns -log p(target) of each position, [b, t], float32, from final activations."""
+    v = params.config.vocab_size
+    b, t = targets_bt.shape
+
+    def nll(x: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = model.unembed(params, x)
+        # A masked sum, not a gather: its gradient is elementwise, a gather's is a slow scatter.
+        hit = jnp.arange(v) == targets[..., None]
+        return jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(hit, logits, 0.0), -1)
+
+    if b * t * v <= _LOGITS_AT_ONCE or t <= _LOSS_CHUNK:
+        return nll(x_btd, targets_bt)
+    short = -t % _LOSS_CHUNK
+    x = jnp.pad(x_btd, ((0, 0), (0, short), (0, 0))).reshape(b, -1, _LOSS_CHUNK, x_btd.shape[-1])
+    targets = jnp.pad(targets_bt, ((0, 0), (0, short))).reshape(b, -1, _LOSS_CHUNK)
+    parts = jax.lax.map(
+        lambda part: jax.checkpoint(nll)(*part), (x.swapaxes(0, 1), targets.swapaxes(0, 1))
+    )
+    return parts.swapaxes(0, 1).reshape(b, -1)[:, :t]
+
+
+def loss(
+    params: Params,
+    adapter: Adapter | None,
+    tokens_bt: jax.Array,
+    weights_bt: jax.Array,
+    segments_bt: jax.Array | None = None,
+    *,
+    remat: bool = False,
+) -> jax.Array:
+    """Returns the mean -log p of the tokens with weight, float32.
+
+    Args:
+      weights_bt: How much predicting *this* token counts. The first of a text is never predicted:
+        its weight only enlarges the divisor, as in transformers' Trainer.
+      segments_bt: See `model.hidden`; a text's first token is never predicted from another text.
+    """
+    x_btd = model.hidden(params, adapter, tokens_bt, segments_bt=segments_bt, remat=remat)
+    nll = token_nll(params, x_btd[:, :-1], tokens_bt[:, 1:])
+    weights_bt = weights_bt.astype(jnp.float32)
+    weights = weights_bt[:, 1:]
+    if segments_bt is not None:
+        segments_bt = jnp.abs(segments_bt)
+        weights *= segments_bt[:, 1:] == segments_bt[:, :-1]
+    return jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights_bt), 1e-9)
+
+
+def learning_rate(
+    kind: str, step: jax.Array, peak: jax.Array, total: jax.Array, warmup: int
+) -> jax.Array:
+    """Returns the learning rate of a step (counted from 0), as transformers' schedules do.
+
+    Linear warm-up from 0 over `warmup` steps, then to 0 at `total`: linear, cosine, or constant.
+    """
+    step = step.astype(jnp.float32)
+    rise = step / max(warmup, 1)
+    progress = jnp.clip((step - warmup) / jnp.maximum(total - warmup, 1), 0.0, 1.0)
+    fall = {
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+        "constant": jnp.ones_like(progress),
+    }[kind]
+    return peak * jnp.where(step < warmup, rise, fall)
+
+
+@struct.dataclass
+class TrainState:
+    """What is trained, Adam's moments of it, and the steps taken."""
+
+    trained: Any
+    moments: optax.OptState
+    step: jax.Array
+
+
+@struct.dataclass
+class Measures:
+    """Of one step: the loss before it, the gradient's norm before clipping, the rate used."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+def _adam(b2: float) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=0.9, b2=b2, eps=1e-8)
+
+
+def init(trained: Any, *, b2: float = 0.999) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(trained, _adam(b2).init(trained), jnp.zeros((), jnp.int32))
+
+
+def step(
+    state: TrainState,
+    loss_of: Callable[[Any], jax.Array],
+    rate: Callable[[jax.Array], jax.Array],
+    *,
+    clip: float = 1.0,
+    weight_decay: float = 0.0,
+    b2: float = 0.999,
+) -> tuple[TrainState, Measures]:
+    """Returns the state after one AdamW step, and what was measured.
+
+    Args:
+      loss_of: The loss as a function of what is trained.
+      rate: The learning rate as a function of the step number.
+    """
+    value, grads = jax.value_and_grad(loss_of)(state.trained)
+    return update(state, value, grads, rate, clip=clip, weight_decay=weight_decay, b2=b2)
+
+
+def update(
+    state: TrainState,
+    value: jax.Array,
+    grads: Any,
+    rate: Callable[[jax.Array], jax.Array],
+    *,
+    clip: float = 1.0,
+    weight_decay: float = 0.0,
+    b2: float = 0.999,
+) -> tuple[TrainState, Measures]:
+    """Returns the state after one AdamW step along given gradients; see `step`.
+
+    Clipping, bias correction and decoupled decay are torch's and transformers' Trainer's.
+    """
+    norm = optax.global_norm(grads)
+    if clip:
+        grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
+    lr = rate(state.step)
+    changes, moments = _adam(b2).update(grads, state.moments)
+    trained = jax.tree.map(
+        lambda p, u: (p - lr * (u + weight_decay * p)).astype(p.dtype), state.trained, changes
+    )
+    return TrainState(trained, moments, state.step + 1), Measures(value, norm, lr)
