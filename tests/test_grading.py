@@ -23,3 +23,16 @@ def test_a_reply_counts_only_as_the_word_yes_without_the_word_no():
     assert not grading.parse_yes_no("Yesterday, eyes")
     assert not grading.parse_yes_no("Yes. Or rather: No")
     assert grading.parse_yes_no("yes, I know nothing against it")
+
+
+def test_blank_answers_are_wrong_and_never_graded():
+    items = [("q", "g", answer) for answer in ("", " \n", "g", "x")]
+    seen = []
+
+    def judge(asked):
+        seen.extend(asked)
+        return [answer == "g" for _, _, answer in asked]
+
+    assert grading.verdicts(items, judge) == [False, False, True, False]
+    assert seen == items[2:]
+    assert grading.verdicts(items[:2], lambda asked: 1 / 0) == [False, False]

@@ -14,8 +14,8 @@ from seal_jax.tasks import Example, grading, squad
 ENTRY = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "A"}]}
 
 
-def right_if_equal(question, gold, answer):
-    return gold == answer
+def right_if_equal(items):
+    return [gold == answer for _, gold, answer in items]
 
 
 def write(path, content):
@@ -249,9 +249,22 @@ def test_the_task_asks_splits_and_questions_in_its_style(tmp_path):
 
 
 def test_blank_answers_are_wrong_without_asking_the_judge(tmp_path):
-    task = squad.task(settings(tmp_path), lambda question, gold, answer: True)
+    task = squad.task(settings(tmp_path), lambda items: [True] * len(items))
     assert task.grade(task.contexts[0], [" \n"]).reward == 0.0
     assert task.grade(task.contexts[0], ["x"]) == (1.0, (True,))
+
+
+def test_only_judges_that_are_models_see_the_topic(tmp_path):
+    for judge, seen in (("offline", "Q?"), ("openai", "Topic: T0\nQ?")):
+        asked = []
+
+        def spy(items, asked=asked):
+            asked.extend(items)
+            return [True] * len(items)
+
+        task = squad.task(settings(tmp_path, order_seed=None, judge=judge), spy)
+        task.grade(task.contexts[0], ["x"])
+        assert asked == [(seen, "A", "x")]
 
 
 def test_held_out_passages_are_never_trained_on(tmp_path):

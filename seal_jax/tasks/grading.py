@@ -4,6 +4,10 @@ Used by judges that are models (an endpoint, or a loaded model); the offline jud
 """
 
 import re
+from collections.abc import Callable, Sequence
+
+Item = tuple[str, str, str]
+"""Question, gold answer, answer."""
 
 _INSTRUCTION = (
     "You are a grading assistant. Your job is to determine whether a student's answer correctly "
@@ -40,3 +44,12 @@ def topic(title: str, question: str) -> str:
 def parse_yes_no(text: str) -> bool:
     """Returns whether a grader's reply says yes: the word yes, and nowhere the word no."""
     return bool(_YES.search(text)) and not _NO.search(text)
+
+
+def verdicts(
+    items: Sequence[Item], judge: Callable[[Sequence[Item]], Sequence[bool]]
+) -> list[bool]:
+    """Returns whether each answer is right; a blank one is wrong and never reaches the judge."""
+    answered = [i for i, (_, _, answer) in enumerate(items) if answer.strip()]
+    made = dict(zip(answered, judge([items[i] for i in answered]), strict=True)) if answered else {}
+    return [bool(made.get(i, False)) for i in range(len(items))]

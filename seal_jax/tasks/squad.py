@@ -6,17 +6,18 @@ docstring says otherwise. Files are read by `seal_jax.tasks.passages`.
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from seal_jax import config
+from seal_jax import judge as judges
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task, grading
 from seal_jax.tasks.passages import load as load
 
 Item = TypeVar("Item")
-Judge = Callable[[str, str, str], bool]
-"""(question, gold, answer) -> is the answer right?"""
+Judge = judges.Judge
 
 _LIST = "produce a {}list of implications derived directly or indirectly from the content."
 _STYLES = {
@@ -156,17 +157,10 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
     trained on never is.
 
     Args:
-      judge: Says whether an answer is right; the offline judge if None. Blank answers are wrong
-        without asking it.
+      judge: Says which answers are right; None loads the one that the settings name.
     """
     if settings.path is None:
         raise SealError("task.path: the squad task needs a file of passages or a hub id")
-    if judge is None:
-        from seal_jax import judge as judges
-
-        judge = judges.offline
-    style, chat = settings.style, settings.chat
-    _check_style(style, chat)
     order = select(load(settings.path), seed=settings.order_seed)
     size = settings.size or len(order)
     contexts, held_out = order[:size], order[size:]
@@ -176,6 +170,29 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
         held_out = [context for context in others if context.id not in seen]
         if not held_out:
             raise SealError(f"{settings.held_out}: every passage in it is also trained on")
+    return make(contexts, settings, judge, held_out)
+
+
+def make(
+    contexts: Sequence[Context],
+    settings: config.Task,
+    judge: Judge | None = None,
+    held_out: Sequence[Context] = (),
+    references: Mapping[str, Callable[[Context], str]] = MappingProxyType({}),
+    name: str = "squad",
+) -> Task:
+    """Returns the task of asking, splitting and testing these contexts.
+
+    Args:
+      settings: Their style, chat variant, splitting and judge; files are not read again.
+      judge: Says which answers are right; None loads the one that the settings name. It never
+        sees blank answers, which are wrong. Judges that are models see the topic, as in the
+        reference.
+    """
+    style, chat = settings.style, settings.chat
+    _check_style(style, chat)
+    judge = judge or judges.load(settings)
+    name_topic = settings.judge in ("openai", "model") and style != "compact"
 
     def edit(context: Context, self_edit: str) -> Edit:
         texts = training_texts(
@@ -190,10 +207,11 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
         ]
 
     def grade(context: Context, answers: list[str]) -> Grade:
-        verdicts = tuple(
-            bool(answer.strip()) and judge(q.text, q.gold, answer)
+        items = [
+            (grading.topic(context.title, q.text) if name_topic else q.text, q.gold, answer)
             for q, answer in zip(context.questions, answers, strict=True)
-        )
+        ]
+        verdicts = tuple(grading.verdicts(items, judge))
         return Grade(sum(verdicts) / len(verdicts) if verdicts else 0.0, verdicts)
 
     return Task(
@@ -203,7 +221,8 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
         questions=questions,
         grade=grade,
         held_out=held_out,
-        name="squad",
+        references=references,
+        name=name,
     )
 
 
