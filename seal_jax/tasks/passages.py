@@ -1,13 +1,12 @@
 """Reads passages with questions: SEAL's JSON, SQuAD's own JSON, and data sets on the hub."""
 
-import gzip
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from seal_jax.errors import SealError
+from seal_jax.formats.files import need, read_json
 from seal_jax.tasks import Context, Question
 
 
@@ -28,7 +27,7 @@ def load(path_or_hub_id: str | Path) -> list[Context]:
     """
     path, name = Path(path_or_hub_id), str(path_or_hub_id)
     if path.is_file() and name.removesuffix(".gz").endswith(".json"):
-        content = _read_json(path)
+        content = read_json(path)
         squad = isinstance(content, dict) and isinstance(content.get("data"), list)
         entries = _articles(content["data"], name) if squad else content
     else:
@@ -50,18 +49,14 @@ def from_entries(entries: list[Any], origin: str) -> list[Context]:
     contexts, seen = [], {}
     for i, entry in enumerate(entries):
         where = f"{origin}: entry {i}"
-        if not isinstance(entry, dict):
-            raise SealError(f"{where}: expected an object with title, context and questions")
-        title, passage = _text(entry, "title", where), _text(entry, "context", where)
+        title, passage = need(entry, "title", str, where), need(entry, "context", str, where)
         if not passage.strip():
             raise SealError(f"{where}: the context is blank")
-        asked = _list(entry, "questions", where)
+        asked = need(entry, "questions", list, where)
         questions = []
         for j, item in enumerate(asked):
             spot = f"{where}, question {j}"
-            if not isinstance(item, dict):
-                raise SealError(f"{spot}: expected an object with question and answer")
-            text, gold = _text(item, "question", spot), _text(item, "answer", spot)
+            text, gold = need(item, "question", str, spot), need(item, "answer", str, spot)
             questions.append(Question(prompt="", gold=gold, text=text))
         name = context_id(title, passage)
         seen[name] = seen.get(name, 0) + 1
@@ -77,40 +72,24 @@ def context_id(title: str, passage: str) -> str:
     return hashlib.sha256(f"{title}\0{passage}".encode()).hexdigest()[:12]
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            return json.load(file)
-    except json.JSONDecodeError as error:
-        raise SealError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise SealError(f"{path}: not a readable UTF-8 file: {error}") from error
-
-
 def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
     """Returns SQuAD's nested articles as entries in SEAL's format."""
     rows = []
     for i, article in enumerate(data):
         where = f"{origin}: article {i}"
-        if not isinstance(article, dict):
-            raise SealError(f"{where}: expected an object with title and paragraphs")
-        title = _text(article, "title", where).replace("_", " ")
-        for j, paragraph in enumerate(_list(article, "paragraphs", where)):
+        title = need(article, "title", str, where).replace("_", " ")
+        for j, paragraph in enumerate(need(article, "paragraphs", list, where)):
             spot = f"{where}, paragraph {j}"
-            if not isinstance(paragraph, dict):
-                raise SealError(f"{spot}: expected an object with context and qas")
-            context = _text(paragraph, "context", spot)
+            context = need(paragraph, "context", str, spot)
             questions = []
-            for k, qa in enumerate(_list(paragraph, "qas", spot)):
+            for k, qa in enumerate(need(paragraph, "qas", list, spot)):
                 at = f"{spot}, question {k}"
-                if not isinstance(qa, dict):
-                    raise SealError(f"{at}: expected an object with question and answers")
-                if qa.get("is_impossible"):
+                if isinstance(qa, dict) and qa.get("is_impossible"):
                     continue  # SQuAD 2.0: a question without an answer cannot be graded
-                answers = _list(qa, "answers", at)
+                answers = need(qa, "answers", list, at)
                 if not answers or not isinstance(answers[0], dict):
                     raise SealError(f"{at}: no answer is given")
-                question, gold = _text(qa, "question", at), _text(answers[0], "text", at)
+                question, gold = need(qa, "question", str, at), need(answers[0], "text", str, at)
                 questions.append({"question": question, "answer": gold})
             rows.append({"title": title, "context": context, "questions": questions})
     return rows
@@ -141,8 +120,8 @@ def _group(rows: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
     entries: dict[tuple[str, str], dict[str, Any]] = {}
     for i, row in enumerate(rows):
         where = f"{origin}: row {i}"
-        title = _text(row, "title", where).replace("_", " ")
-        context, question = _text(row, "context", where), _text(row, "question", where)
+        title = need(row, "title", str, where).replace("_", " ")
+        context, question = need(row, "context", str, where), need(row, "question", str, where)
         answers = row.get("answers")
         texts = answers.get("text") if isinstance(answers, dict) else None
         if texts is None:
@@ -152,19 +131,3 @@ def _group(rows: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
         if len(texts):  # SQuAD 2.0: no text, no answer, nothing to grade
             entry["questions"].append({"question": question, "answer": texts[0]})
     return list(entries.values())
-
-
-def _text(entry: dict[str, Any], key: str, where: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str):
-        problem = f"no {key!r}" if key not in entry else f"{key!r} is not text"
-        raise SealError(f"{where}: {problem}")
-    return value
-
-
-def _list(entry: dict[str, Any], key: str, where: str) -> list[Any]:
-    value = entry.get(key)
-    if not isinstance(value, list):
-        problem = f"no {key!r}" if key not in entry else f"{key!r} is not a list"
-        raise SealError(f"{where}: {problem}")
-    return value

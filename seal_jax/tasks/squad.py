@@ -14,6 +14,7 @@ from seal_jax import config
 from seal_jax import judge as judges
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task, grading
+from seal_jax.tasks.passages import from_entries as from_entries
 from seal_jax.tasks.passages import load as load
 
 Item = TypeVar("Item")

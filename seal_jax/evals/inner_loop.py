@@ -1,0 +1,117 @@
+"""What every evaluation asks of an inner loop, and what it gets back.
+
+An evaluation turns self-edits into requests, hands all of them to an engine, and turns the replies
+into records. An engine may train and answer as it likes: many candidates in one program
+(`rewards`), one after the other (`one_by_one`), or from a recording (the tests).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from seal_jax.tasks import Context, Question, Task
+
+
+class Asked(NamedTuple):
+    """A question, the context it is about, and its place among that context's questions."""
+
+    context: Context
+    index: int
+    question: Question
+
+
+class Request(NamedTuple):
+    """One inner loop: train on these texts, then answer these questions.
+
+    `candidate` and `seed` number the self-edit of its context and its repetition: the names of
+    random keys. Without texts nothing is trained, and the un-adapted model's answers count.
+    """
+
+    texts: tuple[str, ...]
+    asked: tuple[Asked, ...]
+    candidate: int = 0
+    seed: int = 0
+
+
+class Reply(NamedTuple):
+    """Answers and verdicts, in the order of the questions, before and after adapting."""
+
+    baseline_texts: tuple[str, ...]
+    adapter_texts: tuple[str, ...]
+    baseline_correct: tuple[bool, ...]
+    adapter_correct: tuple[bool, ...]
+
+
+Engine = Callable[[Sequence[Request]], Sequence[Reply]]
+Answer = Callable[[list[str]], list[str]]
+"""Prompts -> answers, by one model."""
+
+
+def asked(task: Task, contexts: Sequence[Context]) -> tuple[Asked, ...]:
+    """Returns every question of these contexts, in order."""
+    return tuple(
+        Asked(context, i, question)
+        for context in contexts
+        for i, question in enumerate(task.questions(context))
+    )
+
+
+def texts(task: Task, context: Context, self_edit: str) -> tuple[str, ...]:
+    """Returns the documents that a self-edit trains on."""
+    return tuple(example.completion for example in task.edit(context, self_edit).examples)
+
+
+def candidates(context: Context, k: int) -> list[str]:
+    """Returns the first `k` self-edits that are not blank, of those that came with a context.
+
+    Without any there is one blank one: it trains on the passage alone.
+    """
+    data = context.data if isinstance(context.data, dict) else {}
+    return [text for text in data.get("completions") or [] if text.strip()][:k] or [""]
+
+
+def verdicts(task: Task, pairs: Sequence[Asked], answers: Sequence[str]) -> tuple[bool, ...]:
+    """Returns the task's verdict on each answer.
+
+    A task grades a context's questions together; those that were not asked count as blank.
+    """
+    rows: dict[str, list[str]] = {}
+    contexts = {item.context.id: item.context for item in pairs}
+    for item, answer in zip(pairs, answers, strict=True):
+        row = rows.setdefault(item.context.id, [""] * len(item.context.questions))
+        row[item.index] = answer
+    made = {name: task.grade(contexts[name], row).verdicts for name, row in rows.items()}
+    return tuple(made[item.context.id][item.index] for item in pairs)
+
+
+def reply(
+    task: Task, request: Request, baseline_texts: Sequence[str], adapter_texts: Sequence[str]
+) -> Reply:
+    """Returns the graded answers to a request; the un-adapted model's are graded first."""
+    before = verdicts(task, request.asked, baseline_texts)
+    after = before if not request.texts else verdicts(task, request.asked, adapter_texts)
+    return Reply(tuple(baseline_texts), tuple(adapter_texts), before, after)
+
+
+def one_by_one(task: Task, base: Answer, adapt: Callable[[Request], Answer]) -> Engine:
+    """Returns an engine that serves requests in turn.
+
+    The un-adapted model answers each list of questions once, however many self-edits follow.
+
+    Args:
+      base: The un-adapted model.
+      adapt: Trains on a request's texts and returns the adapted model.
+    """
+
+    def engine(requests: Sequence[Request]) -> list[Reply]:
+        answered: dict[tuple[str, ...], list[str]] = {}
+        replies = []
+        for request in requests:
+            prompts = [item.question.prompt for item in request.asked]
+            if tuple(prompts) not in answered:
+                answered[tuple(prompts)] = base(prompts) if prompts else []
+            before = answered[tuple(prompts)]
+            after = adapt(request)(prompts) if request.texts and prompts else before
+            replies.append(reply(task, request, before, after))
+        return replies
+
+    return engine

@@ -1,0 +1,58 @@
+"""Reads and writes JSON as the reference does: two spaces, no escapes, no final newline."""
+
+import gzip
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seal_jax.errors import SealError
+
+
+def read_json(path: str | Path) -> Any:
+    """Returns the content of a JSON file, gzipped if its name ends with .gz.
+
+    Raises:
+      SealError: names the file, and the line if it is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SealError(f"{path}: no such file")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return json.load(file)
+    except json.JSONDecodeError as error:
+        raise SealError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise SealError(f"{path}: not a readable UTF-8 file: {error}") from error
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes a JSON file in the reference's layout; it appears whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file, and its folder where there is none; it appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(beside, path)
+
+
+def need(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """Returns `entry[key]`; a SealError says `where` it is missing or of another kind."""
+    if not isinstance(entry, Mapping):
+        raise SealError(f"{where}: expected an object with {key!r}")
+    if key not in entry:
+        raise SealError(f"{where}: no {key!r}")
+    if not isinstance(entry[key], kind):
+        names = kind if isinstance(kind, tuple) else (kind,)
+        expected = " or ".join(_NAMES.get(name, name.__name__) for name in names)
+        raise SealError(f"{where}: {key!r} is not {expected}")
+    return entry[key]
+
+
+_NAMES = {str: "text", list: "a list", dict: "an object", float: "a number", int: "a number"}
