@@ -1,7 +1,8 @@
 """What a task is: data and four functions. The loops know tasks only through this interface."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 LossOn = Literal["all", "output"]
@@ -69,8 +70,7 @@ class Task(NamedTuple):
       questions: Asked without the context.
       grade: Judges the answers to all questions of a context.
       held_out: Contexts for evaluation; disjoint from `contexts`.
-      oracle: A best-possible self-edit, where the task can make one.
-      stop: Generation of an answer or self-edit also ends at this text, for models without EOS.
+      references: Self-edits to compare with, by name: made without a model, such as an oracle's.
       name: For tables and records.
     """
 
@@ -80,6 +80,5 @@ class Task(NamedTuple):
     questions: Callable[[Context], list[Question]]
     grade: Callable[[Context, list[str]], Grade]
     held_out: Sequence[Context] = ()
-    oracle: Callable[[Context], str] | None = None
-    stop: str | None = None
+    references: Mapping[str, Callable[[Context], str]] = MappingProxyType({})
     name: str = "task"

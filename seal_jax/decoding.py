@@ -1,0 +1,132 @@
+"""The program that generates: prefill, then a loop over tokens until every sequence has ended.
+
+The loop stands outside `vmap`, so that it ends early and the cache is updated in place.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from seal_jax import model
+from seal_jax.lora import Adapter
+from seal_jax.model import Cache
+from seal_jax.params import Params
+
+_CACHE_AXES = Cache(0, 0, 0, 0, 0, None)
+
+
+def keep_top_p(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """Returns logits [..., v] with all but the nucleus at -inf.
+
+    The nucleus is the smallest set of most likely tokens with at least `top_p` of the mass.
+    """
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    chances = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(chances, axis=-1) - chances
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    return jnp.where(logits >= jnp.take_along_axis(ordered, last, -1), logits, -jnp.inf)
+
+
+def draw(
+    logits_v: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax.Array, nucleus: bool
+) -> jax.Array:
+    """Returns one token drawn from softmax(logits / temperature), within the nucleus if asked."""
+    logits_v = logits_v / temperature
+    if nucleus:
+        logits_v = keep_top_p(logits_v, top_p)
+    return jax.random.categorical(key, logits_v)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("samples", "room", "greedy", "nucleus", "own_adapters")
+)
+def run(
+    params: Params,
+    adapters: Adapter | None,
+    tokens_cbt: jax.Array,
+    length_cb: jax.Array,
+    ids_cb: jax.Array,
+    key: jax.Array,
+    ends: jax.Array,
+    limit: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    *,
+    samples: int,
+    room: int,
+    greedy: bool,
+    nucleus: bool,
+    own_adapters: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns tokens and log-probabilities [c, b, q, m]; their number, and if they ended [c, b, q].
+
+    Args:
+      length_cb: True lengths; 0 is a filler row, which is done from the start.
+      ids_cb: Names of the rows, folded into the key.
+      ends: Ids that end a sequence.
+      limit: Tokens to generate at most; `room` is the static bound.
+      own_adapters: Whether `adapters` has a `c` axis.
+    """
+    axis = 0 if own_adapters else None
+    c, b, _ = tokens_cbt.shape
+    number = jnp.arange(samples)
+    keys_cbq = jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: _key(key, i, q))(number)))(ids_cb)
+
+    def choose(logits_cbqv, step):
+        if greedy:
+            token = jnp.argmax(logits_cbqv, -1)
+        else:
+            one = lambda logits, own: draw(
+                logits, jax.random.fold_in(own, step), temperature, top_p, nucleus
+            )
+            token = jax.vmap(jax.vmap(jax.vmap(one)))(logits_cbqv, keys_cbq)
+        chosen = jnp.take_along_axis(logits_cbqv, token[..., None], -1)[..., 0]
+        return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits_cbqv, -1)
+
+    start = functools.partial(model.prefill, samples=samples, room=room)
+    start = jax.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
+    go_on = jax.vmap(
+        model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
+    )
+    logits_cbv, cache = start(params, adapters, tokens_cbt, jnp.maximum(length_cb, 1))
+    shape = (c, b, samples)
+    logits = jnp.broadcast_to(logits_cbv[:, :, None], (*shape, logits_cbv.shape[-1]))
+    token, logprob = choose(logits, 0)
+
+    def record(state_arrays, token, logprob, done, step):
+        out, logprobs, count = state_arrays
+        ended = jnp.any(token[..., None] == ends, -1)
+        keep = ~done & ~ended
+        at = (0, 0, 0, step)
+        out = jax.lax.dynamic_update_slice(out, jnp.where(keep, token, 0)[..., None], at)
+        logprob = jnp.where(keep, logprob, 0.0)[..., None]
+        logprobs = jax.lax.dynamic_update_slice(logprobs, logprob, at)
+        return (out, logprobs, count + keep), done | ended
+
+    arrays = (
+        jnp.zeros((*shape, room), jnp.int32),
+        jnp.zeros((*shape, room), jnp.float32),
+        jnp.zeros(shape, jnp.int32),
+    )
+    done = jnp.broadcast_to((length_cb == 0)[..., None], shape)
+    arrays, done = record(arrays, token, logprob, done, 0)
+
+    def unfinished(state):
+        step, _, done, _, _ = state
+        return (step < limit) & ~jnp.all(done)
+
+    def advance(state):
+        step, token, done, cache, arrays = state
+        logits, cache = go_on(params, adapters, token, cache)
+        token, logprob = choose(logits, step)
+        arrays, done = record(arrays, token, logprob, done, step)
+        return step + 1, token, done, cache, arrays
+
+    state = (jnp.int32(1), token, done, cache, arrays)
+    _, _, done, _, arrays = jax.lax.while_loop(unfinished, advance, state)
+    return *arrays, done
+
+
+def _key(key: jax.Array, row: jax.Array, sample: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, row), sample)
