@@ -1,0 +1,117 @@
+"""The commands: each parses its arguments, calls one function and prints."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from seal_jax.errors import SealError
+
+Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Write self-edits, adapt, test, keep the best, finetune, repeat; then the held-out table.
+
+    Goes on where it stopped if the folder holds an unfinished run with the same settings.
+
+    Example: seal-jax run configs/tiny_world.yaml outer.rounds=1 --run runs/try
+    """
+
+    config: tyro.conf.Positional[Path]
+    """YAML file of settings."""
+    overrides: Overrides = field(default=())
+    """Changed settings, such as inner.epochs=5."""
+    run: Path | None = None
+    """Folder of records; by default runs/NAME."""
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Teach the model one passage: self-edits, adapters, and answers before and after.
+
+    Example: seal-jax adapt configs/tiny_world.yaml --passage passages.json
+    """
+
+    config: tyro.conf.Positional[Path]
+    """YAML file of settings."""
+    overrides: Overrides = field(default=())
+    """Changed settings, such as sampling.n=16."""
+    passage: Path | None = None
+    """JSON in SEAL's format, one passage or a list of which the first is taken; without it the
+    task's first held-out context."""
+    out: Path | None = None
+    """Folder for the best adapter, in PEFT's format."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Rebuild a built-in model from its generated world.
+
+    Example: seal-jax pretrain tiny-world --out weights/tiny-world
+    """
+
+    name: tyro.conf.Positional[Literal["tiny-world", "tiny-grids"]]
+    """Which world."""
+    out: Path | None = None
+    """Folder for the model; by default ./NAME."""
+    seed: int = 0
+    """Of the world's order and the weights."""
+
+
+def _parse(kind: type, name: str, arguments: list[str]):
+    return tyro.cli(kind, prog=f"seal-jax {name}", args=arguments, description=kind.__doc__)
+
+
+def _quiet() -> None:
+    """Keeps libraries from printing what no user can act on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def run(arguments: list[str]) -> None:
+    """Runs the RL loop."""
+    chosen = _parse(Run, "run", arguments)
+    from seal_jax import config, experiment
+
+    cfg = config.load_config(chosen.config, chosen.overrides)
+    experiment.print_report(experiment.run(cfg, chosen.run))
+
+
+def adapt(arguments: list[str]) -> None:
+    """Adapts to one passage."""
+    chosen = _parse(Adapt, "adapt", arguments)
+    from seal_jax import config, lesson
+
+    cfg = config.load_config(chosen.config, chosen.overrides)
+    lesson.print_lesson(lesson.teach(cfg, chosen.passage, chosen.out))
+
+
+def pretrain(arguments: list[str]) -> None:
+    """Trains a built-in model."""
+    chosen = _parse(Pretrain, "pretrain", arguments)
+    from seal_jax.tiny import pretrain as pretrain_lib
+
+    folder = chosen.out or Path(chosen.name)
+    if folder.exists() and any(folder.iterdir()):
+        raise SealError(f"{folder}: already there and not empty")
+    {"tiny-world": pretrain_lib.tiny_world}[chosen.name](folder, seed=chosen.seed)
+    print(folder)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "run": run,
+    "adapt": adapt,
+    "pretrain": pretrain,
+}
+
+
+def usage() -> str:
+    """Returns the overview."""
+    lines = ["usage: seal-jax COMMAND ... (each has --help)", ""]
+    lines += [f"  {name:<10} {function.__doc__}" for name, function in COMMANDS.items()]
+    return "\n".join(lines)

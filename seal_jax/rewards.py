@@ -1,0 +1,197 @@
+"""Self-edits written, applied and tested: what each candidate is worth."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from seal_jax import batching, inner, lora, sampling
+from seal_jax import config as config_lib
+from seal_jax.batching import SelfEdit, identity
+from seal_jax.checkpoint import LM
+from seal_jax.errors import SealError
+from seal_jax.lora import Adapter
+from seal_jax.tasks import Context, Grade, Task
+
+
+class Written(NamedTuple):
+    """A self-edit with how it came about: mean log-probability and whether it ended by itself."""
+
+    edit: SelfEdit
+    tokens: int
+    logprob: float
+    ended: bool
+
+
+class Scores(NamedTuple):
+    """Of each candidate: its reward [c], and its answers and verdicts, question by question."""
+
+    reward: np.ndarray
+    answers: list[list[str]]
+    verdicts: list[tuple[bool, ...]]
+
+
+def write(
+    lm: LM, task: Task, contexts: Sequence[Context], n: int, key: jax.Array, cfg: config_lib.Config
+) -> list[list[Written]]:
+    """Returns n self-edits for each context, drawn by the context's own key."""
+    settings = cfg.sampling
+    out = sampling.decode(
+        lm,
+        [[sampling.encode(lm, task.prompt(context)) for context in contexts]],
+        samples=n,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        key=key,
+        ids=[[identity(context.id) for context in contexts]],
+        chunk=settings.chunk,
+    )[0]
+    return [
+        [
+            Written(
+                SelfEdit(context, i, sampling.text(lm, one)),
+                len(one.tokens),
+                float(np.mean(one.logprobs)) if len(one.logprobs) else 0.0,
+                one.ended,
+            )
+            for i, one in enumerate(samples)
+        ]
+        for context, samples in zip(contexts, out, strict=True)
+    ]
+
+
+def sample_edits(
+    lm: LM,
+    task: Task,
+    contexts: Sequence[Context],
+    n: int | None = None,
+    *,
+    key: jax.Array,
+    cfg: config_lib.Config,
+) -> list[list[SelfEdit]]:
+    """Returns, for each context, n self-edits (`cfg.sampling.n` by default)."""
+    written = write(lm, task, contexts, n or cfg.sampling.n, key, cfg)
+    return [[one.edit for one in of_context] for of_context in written]
+
+
+def answer(
+    lm: LM,
+    task: Task,
+    contexts: Sequence[Context],
+    adapters: Adapter | None,
+    cfg: config_lib.Config,
+) -> list[list[str]]:
+    """Returns the greedy answers to every question of each context, without the context.
+
+    Args:
+      contexts: One for each adapter (or any number of them without adapters).
+      adapters: Stacked [c, ...], or None for the bare model.
+    """
+    prompts = [[sampling.encode(lm, q.prompt) for q in task.questions(c)] for c in contexts]
+    out = sampling.decode(
+        lm, prompts, adapters, max_tokens=cfg.answers.max_tokens, chunk=cfg.answers.chunk
+    )
+    return [[sampling.text(lm, one[0]) for one in rows] for rows in out]
+
+
+def score(
+    lm: LM,
+    adapters: Adapter | None,
+    task: Task,
+    contexts: Sequence[Context],
+    cfg: config_lib.Config,
+) -> Scores:
+    """Returns the reward, answers and verdicts of each adapter.
+
+    Args:
+      adapters: Stacked [c, ...], an equal number for each context, in order of contexts. None
+        scores the bare model, once for each context.
+    """
+    c = next(iter(adapters.a.values())).shape[0] if adapters is not None else len(contexts)
+    if not contexts or c % len(contexts):
+        raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")
+    each = [context for context in contexts for _ in range(c // len(contexts))]
+    answers = answer(lm, task, each, adapters, cfg)
+    grades = [task.grade(context, own) for context, own in zip(each, answers, strict=True)]
+    return Scores(np.array([g.reward for g in grades]), answers, [g.verdicts for g in grades])
+
+
+class Outcome(NamedTuple):
+    """What one inner loop of one candidate came to; `at` is its place in the batch."""
+
+    at: int
+    grade: Grade
+    answers: list[str]
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    error: str | None
+
+
+class Efficiency(NamedTuple):
+    """Tokens of training texts, and tokens processed to train on them (padding included)."""
+
+    useful: int = 0
+    processed: int = 0
+
+    def plus(self, chunk: batching.Chunk) -> "Efficiency":
+        return Efficiency(self.useful + chunk.useful, self.processed + chunk.processed)
+
+
+def evaluate(
+    lm: LM,
+    task: Task,
+    edits: Sequence[SelfEdit],
+    key: jax.Array,
+    cfg: config_lib.Config,
+    *,
+    done: Callable[[list[int]], bool] = lambda places: False,
+) -> Iterator[tuple[list[Outcome], Efficiency]]:
+    """Yields, chunk by chunk, what each self-edit is worth: adapt, answer, grade.
+
+    Which candidates share a chunk depends on all `edits`, not on what is done, so that a run that
+    was interrupted repeats the same programs on the same data.
+
+    Args:
+      done: Says that the candidates at these places need not run again.
+    """
+    batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
+    for chunk in batching.arrange(batch, inner.chunk_size(cfg.inner), key):
+        places = [int(i) for i in chunk.index if i >= 0]
+        if done(places):
+            continue
+        adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
+        adapters = lora.take(adapters, slice(0, len(places)))
+        contexts = [edits[i].context for i in places]
+        answers = answer(lm, task, contexts, adapters, cfg)
+        losses = np.asarray(losses)
+        steps = np.asarray(chunk.slots.total_c)
+        outcomes = [
+            _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i])
+            for j, i in enumerate(places)
+        ]
+        yield outcomes, Efficiency().plus(chunk)
+
+
+def _outcome(task, edit, place, answers, losses, candidate) -> Outcome:
+    error = candidate.error
+    if not np.isfinite(losses).all():
+        error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
+    first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
+    grade = task.grade(edit.context, answers)
+    return Outcome(place, grade, answers, len(losses), first, last, error)
+
+
+def _number(value: Any) -> float | None:
+    """Returns a float that JSON can hold: NaN and infinities become None."""
+    return float(value) if np.isfinite(value) else None
+
+
+def eos(lm: LM) -> int:
+    """Returns the id that ends a training text."""
+    own = lm.tokenizer.eos_token_id
+    if own is None and not lm.config.eos_ids:
+        raise SealError(f"{lm.source}: neither tokenizer nor config names an end-of-text token")
+    return lm.config.eos_ids[0] if own is None else own

@@ -1,0 +1,195 @@
+"""The run folder: settings, records as JSON lines, resume. Plain files anyone can read."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+
+Record = dict[str, Any]
+
+
+def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
+    """Returns the run's folder, new or to be resumed.
+
+    Raises:
+      SealError: where the folder holds a run with other settings.
+    """
+    path = Path(folder or Path("runs") / cfg.name)
+    file = path / "config.yaml"
+    text = config_lib.dump(cfg)
+    if file.exists():
+        if file.read_text(encoding="utf-8") != text:
+            changed = ", ".join(_changed(config_lib.load_config(file), cfg))
+            raise SealError(f"{path}: holds a run with other settings ({changed}); name a new one")
+        return path
+    if path.exists() and any(path.iterdir()):
+        raise SealError(f"{path}: not empty and no run of ours (no config.yaml)")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "environment.json", environment())
+    write_text(file, text)  # last: a folder with settings is a run
+    return path
+
+
+def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Returns the dotted keys in which two groups of settings differ."""
+    keys = []
+    for entry in dataclasses.fields(old):
+        a, b = getattr(old, entry.name), getattr(new, entry.name)
+        if a != b:
+            deeper = dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b)
+            name = prefix + entry.name
+            keys += _changed(a, b, f"{name}.") if deeper else [name]
+    return keys
+
+
+def environment() -> Record:
+    """Returns versions, devices and the commit of the code, for the record."""
+    names = ("seal_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "devices": [str(device.device_kind) for device in jax.devices()],
+        "git_commit": _commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    with open(partial, "w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes indented JSON; see `write_text`."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """Returns a JSON file's content.
+
+    Raises:
+      SealError: names the file and line.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SealError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        line = getattr(error, "lineno", "?")
+        raise SealError(f"{file}, line {line}: not valid JSON") from error
+
+
+def records(file: Path) -> list[Record]:
+    """Returns the records of a JSON-lines file; a torn last line is dropped from the file too.
+
+    Raises:
+      SealError: where a line before the last is damaged, naming it.
+    """
+    if not file.exists():
+        return []
+    data = file.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with open(file, "r+b") as out:
+            out.truncate(whole)
+    found = []
+    for number, line in enumerate(data[:whole].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise SealError(f"{file}, line {number}: not valid JSON") from error
+    return found
+
+
+def append(file: Path, rows: Iterable[Record]) -> None:
+    """Appends records in one write, and waits until they are on disk."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    if not lines:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as out:
+        out.write("".join(lines))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_lines(file: Path, rows: Iterable[Record]) -> None:
+    """Writes a JSON-lines file that is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Metrics:
+    """Scalars over time: metrics.jsonl always, TensorBoard or Weights & Biases where asked for."""
+
+    def __init__(self, folder: Path, trackers: Sequence[str] = (), name: str = "run"):
+        self._file = folder / "metrics.jsonl"
+        self._step = len(records(self._file))
+        self._sinks = [_tracker(kind, folder, name) for kind in trackers]
+
+    def log(self, **scalars: float | int | str) -> None:
+        """Appends one line of scalars."""
+        append(self._file, [{"time": round(time.time(), 3), **scalars}])
+        numbers = {k: v for k, v in scalars.items() if isinstance(v, int | float)}
+        for sink in self._sinks:
+            sink(self._step, numbers)
+        self._step += 1
+
+
+def _tracker(kind: str, folder: Path, name: str):
+    """Returns a function (step, scalars) that feeds a tracker."""
+    try:
+        if kind == "tensorboard":
+            import tensorboardX
+
+            writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+
+            def to_tensorboard(step: int, scalars: dict[str, float]) -> None:
+                for key, value in scalars.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+            return to_tensorboard
+        import wandb
+
+        run = wandb.init(project="seal_jax", name=name, dir=str(folder))
+        return lambda step, scalars: run.log(scalars, step=step)
+    except ImportError as error:
+        raise SealError(
+            f"trackers: {kind} is not installed: pip install seal_jax[{kind}]"
+        ) from error

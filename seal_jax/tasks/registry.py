@@ -1,0 +1,58 @@
+"""Tasks by name, and tasks of your own: any `package.module:factory`."""
+
+import dataclasses
+import importlib
+
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.tasks import Task
+
+
+def load_task(settings: config_lib.Task | str) -> Task:
+    """Returns the task that a group of settings (or a name alone) asks for.
+
+    Raises:
+      SealError: for an unknown name, or a file that cannot be read.
+    """
+    if isinstance(settings, str):
+        settings = config_lib.Task(name=settings)
+    name = settings.name
+    if name == "squad":
+        from seal_jax.tasks import squad
+
+        return squad.task(settings)._replace(references={"passage": lambda context: ""})
+    if name == "tiny-world":
+        return _tiny_world(settings)
+    if name == "arc":
+        from seal_jax.tasks.arc.task import task
+
+        return task(settings)
+    if name == "tiny-grids":
+        from seal_jax.tiny import grids
+
+        return grids.task(settings)
+    if ":" not in name:
+        known = "squad, arc, tiny-world, tiny-grids or package.module:factory"
+        raise SealError(f"task.name={name!r} is unknown: expected {known}")
+    module, _, factory = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), factory)(settings)
+    except (ImportError, AttributeError) as error:
+        raise SealError(f"task.name={name!r}: cannot be loaded: {error}") from error
+    if not isinstance(made, Task):
+        raise SealError(f"task.name={name!r}: the factory returned {type(made).__name__}, no Task")
+    return made
+
+
+def _tiny_world(settings: config_lib.Task) -> Task:
+    """Returns the built-in world as passages and questions; it has one style and one judge."""
+    from seal_jax.tasks import squad
+    from seal_jax.tiny import world
+
+    return squad.make(
+        world.contexts("train", settings.size or 200, settings.seed),
+        dataclasses.replace(settings, style="compact", judge="exact"),
+        held_out=world.contexts("held_out", 200, settings.seed),
+        references={"passage": lambda context: "", "oracle": world.oracle},
+        name="tiny-world",
+    )
