@@ -25,9 +25,10 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
       generate: Prompts to replies, greedily; the judge `model` needs it.
     """
     if settings.judge == "openai":
-        from seal_jax import judge_openai  # lazily: its client is an optional dependency
+        from seal_jax import judge_openai  # lazily, as its imports would be circular
 
-        return lambda items: judge_openai.judge_many(items, settings.openai)
+        budget = judge_openai.Budget(settings.openai.max_calls)  # one for all calls of this judge
+        return lambda items: judge_openai.judge_many(items, settings.openai, budget)
     if settings.judge == "model":
         from seal_jax import judge_model
 

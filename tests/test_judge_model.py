@@ -1,0 +1,41 @@
+"""Laws of a loaded model as judge."""
+
+import pytest
+
+from seal_jax import config, judge
+from seal_jax.errors import SealError
+
+ITEMS = [("Q", "a", "a"), ("Q", "b", "c"), ("Q", "b", " "), ("Q", "a", "a")]
+
+
+def ask(replies, items=ITEMS):
+    """Returns the verdicts and the prompts that the model saw."""
+    seen = []
+
+    def generate(prompts):
+        seen.extend(prompts)
+        return replies[: len(prompts)]
+
+    return judge.load(config.Task(judge="model"), generate)(items), seen
+
+
+def test_each_distinct_answer_is_asked_about_once_and_blank_ones_never():
+    verdicts, seen = ask([" Yes", "No, it is not."])
+    assert verdicts == [True, False, False, True]
+    assert len(seen) == 2
+    assert "Gold answer: b\nStudent answer: c\n" in seen[1]
+
+
+def test_an_odd_reply_counts_as_no_with_a_warning():
+    with pytest.warns(UserWarning, match="1 of 2 replies .*'perhaps'.* count as no"):
+        assert ask(["yes", "perhaps"])[0] == [True, False, False, True]
+
+
+def test_a_model_that_says_neither_yes_nor_no_is_no_judge():
+    with pytest.raises(SealError, match="2 of 2 replies say neither yes nor no"):
+        ask(["ba ba", ""])
+
+
+def test_a_model_judge_needs_a_model():
+    with pytest.raises(SealError, match="no model was given"):
+        judge.load(config.Task(judge="model"))

@@ -1,0 +1,302 @@
+"""Laws of the judge behind an endpoint, against a real server on loopback that misbehaves."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("openai")
+
+from seal_jax import config, judge, judge_openai  # noqa: E402
+from seal_jax.errors import SealError  # noqa: E402
+
+ITEMS = [("Who?", f"gold {i}", f"answer {i}") for i in range(6)]
+
+
+def reply(text):
+    """Returns the server's step that answers in the API's format."""
+    message = {"role": "assistant", "content": text}
+    body = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+    }
+    return 200, {}, json.dumps(body)
+
+
+def failure(status, headers=None, code=None):
+    return status, headers or {}, json.dumps({"error": {"message": "trouble", "code": code}})
+
+
+class Server:
+    """A fake endpoint: `script(prompt, times asked before)` gives each request's step."""
+
+    def __init__(self, script):
+        self.requests, self.times, self.busy, self.most_busy = [], [], 0, 0
+        self.stopping = threading.Event()
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = body["messages"][0]["content"]
+                with lock:
+                    before = sum(prompt == old["prompt"] for old in server.requests)
+                    seen = {"prompt": prompt, "key": self.headers["Authorization"], "body": body}
+                    server.requests.append(seen)
+                    server.times.append(time.monotonic())
+                    server.busy += 1
+                    server.most_busy = max(server.most_busy, server.busy)
+                step = script(prompt, before)
+                if callable(step):
+                    step = step(server)
+                with lock:
+                    server.busy -= 1
+                if step is None:  # hang up
+                    self.connection.close()
+                    return
+                status, headers, text = step
+                self.send_response(status)
+                headers = {"Content-Type": "application/json", **headers}
+                for name, value in {**headers, "Content-Length": len(text.encode())}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_):
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            def handle_error(self, *_):
+                pass
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def stop(self):
+        self.stopping.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """Returns a function: script and settings -> server, OpenAI settings."""
+    monkeypatch.setenv("TEST_JUDGE_KEY", "secret-7")
+    monkeypatch.setattr(judge_openai, "_pause", quick_pause)
+    servers = []
+
+    def start(script, **settings):
+        servers.append(Server(script))
+        defaults = dict(retries=2, timeout_s=5.0, concurrency=4, cache=str(tmp_path / "cache"))
+        return servers[-1], config.OpenAI(
+            base_url=servers[-1].url, key_variable="TEST_JUDGE_KEY", **{**defaults, **settings}
+        )
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+real_pause = judge_openai._pause
+
+
+def quick_pause(attempt, asked, model):
+    """Returns the endpoint's own pause, and a hundredth of ours, to keep the tests short."""
+    return real_pause(attempt, asked, model) / (100 if asked is None else 1)
+
+
+def even(prompt, _):
+    """A grader that says yes to even golds."""
+    number = int(prompt.split("Gold answer: gold ")[1].split("\n")[0])
+    return reply("Yes." if number % 2 == 0 else "no")
+
+
+EVEN = [True, False, True, False, True, False]
+
+
+def test_verdicts_come_back_in_order_and_are_asked_together(serve):
+    def slow(prompt, before):
+        time.sleep(0.1)
+        return even(prompt, before)
+
+    server, settings = serve(slow, concurrency=3)
+    assert judge_openai.judge_many(ITEMS, settings) == EVEN
+    assert server.most_busy == 3
+    assert {request["key"] for request in server.requests} == {"Bearer secret-7"}
+    assert server.requests[0]["body"]["temperature"] == 0
+
+
+def test_blank_answers_are_wrong_and_never_sent(serve):
+    server, settings = serve(lambda *_: reply("yes"))
+    items = [("Who?", "me", " \n"), ("Who?", "me", "me"), ("Who?", "me", "")]
+    assert judge_openai.judge_many(items, settings) == [False, True, False]
+    assert len(server.requests) == 1
+    assert judge_openai.judge_many(items[:1], settings) == [False]
+
+
+def test_what_was_answered_once_is_never_asked_again(serve, tmp_path):
+    server, settings = serve(even)
+    assert judge_openai.judge_many(ITEMS + ITEMS, settings) == EVEN + EVEN
+    assert judge_openai.judge_many(ITEMS[::-1], settings) == EVEN[::-1]
+    assert len(server.requests) == len(ITEMS)
+    other = dict(vars(settings), model="another")
+    judge_openai.judge_many(ITEMS[:1], config.OpenAI(**other))
+    assert len(server.requests) == len(ITEMS) + 1  # another model's verdict is another verdict
+    cached = "".join(file.read_text() for file in tmp_path.rglob("*.json"))
+    assert "secret-7" not in cached and "gold 3" in cached
+
+
+def test_a_damaged_cache_file_is_asked_again(serve, tmp_path):
+    server, settings = serve(even)
+    judge_openai.judge_many(ITEMS[:1], settings)
+    (file,) = tmp_path.rglob("*.json")
+    for damage in ("", "{", '{"verdict": "yes"}', "[]"):
+        file.write_text(damage)
+        assert judge_openai.judge_many(ITEMS[:1], settings) == [True]
+    assert len(server.requests) == 5
+
+
+def test_parallel_writers_of_one_entry_leave_a_whole_file(tmp_path):
+    file = tmp_path / "ab" / "entry.json"
+    content = {"verdict": True, "reply": "yes " * 5000}
+    threads = [
+        threading.Thread(target=judge_openai._remember, args=(file, content)) for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads(file.read_text()) == content
+    assert list(file.parent.iterdir()) == [file]  # no drafts left
+
+
+def test_rate_limits_are_waited_out_for_as_long_as_asked(serve):
+    def limited(_, before):
+        return failure(429, {"Retry-After": "0.5"}) if before == 0 else reply("yes")
+
+    server, settings = serve(limited)
+    assert judge_openai.judge_many(ITEMS[:1], settings) == [True]
+    assert server.times[1] - server.times[0] >= 0.5
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        failure(500),
+        failure(503),
+        failure(408),
+        None,
+        (200, {}, '{"choices": [{"mess'),
+        (200, {"Content-Type": "text/html"}, "<html>proxy</html>"),
+        (200, {}, '{"choices": []}'),
+        (200, {}, "null"),
+        reply(""),
+        reply(None),
+    ],
+    ids=str,
+)
+def test_trouble_is_retried_and_never_a_verdict(serve, trouble, tmp_path):
+    server, settings = serve(lambda _, before: trouble if before < 2 else reply("yes"))
+    assert judge_openai.judge_many(ITEMS[:1], settings) == [True]
+    assert len(server.requests) == 3
+
+    server, settings = serve(lambda *_: trouble, cache=str(tmp_path / "other"))
+    with pytest.raises(SealError, match="gave up after 3 tries"):
+        judge_openai.judge_many(ITEMS[:1], settings)
+    assert len(server.requests) == 3
+    assert not list((tmp_path / "other").rglob("*.json"))
+
+
+def test_a_server_that_never_answers_times_out(serve):
+    def stuck(server):
+        server.stopping.wait(20)
+
+    server, settings = serve(lambda _, before: stuck if before == 0 else reply("no"), timeout_s=0.3)
+    assert judge_openai.judge_many(ITEMS[:1], settings) == [False]
+    assert len(server.requests) == 2
+    _, settings = serve(lambda *_: stuck, timeout_s=0.2, retries=1)
+    with pytest.raises(SealError, match="gave up after 2 tries.*[Tt]imed out"):
+        judge_openai.judge_many(ITEMS[1:2], settings)
+
+
+@pytest.mark.parametrize(
+    "fatal", [failure(401), failure(404), failure(400), failure(429, code="insufficient_quota")]
+)
+def test_what_no_retry_can_mend_fails_at_once(serve, fatal):
+    server, settings = serve(lambda *_: fatal)
+    with pytest.raises(SealError, match=f"status {fatal[0]}.*trouble"):
+        judge_openai.judge_many(ITEMS[:1], settings)
+    assert len(server.requests) == 1
+
+
+def test_one_failed_call_is_an_error_but_keeps_what_was_paid_for(serve):
+    def one_bad(prompt, before):
+        if "gold 3" in prompt and len(server.requests) < 20:
+            time.sleep(0.3)
+            return failure(400)
+        return even(prompt, before)
+
+    server, settings = serve(one_bad)
+    with pytest.raises(SealError, match="status 400"):
+        judge_openai.judge_many(ITEMS, settings)
+    sent = len(server.requests)
+    server.requests.extend([{"prompt": ""}] * 20)  # from now on the server is well
+    assert judge_openai.judge_many(ITEMS, settings) == EVEN
+    assert len(server.requests) - 20 - sent == 1
+
+
+def test_the_budget_holds_for_a_judge_and_counts_retries(serve):
+    server, settings = serve(even, max_calls=4)
+    ask = judge.load(config.Task(judge="openai", openai=settings))
+    assert ask(ITEMS[:3]) == EVEN[:3]
+    with pytest.raises(SealError, match="max_calls=4: 2 more calls are needed and 1 are left"):
+        ask(ITEMS[:5])
+    assert len(server.requests) == 3
+    assert ask(ITEMS[:4]) == EVEN[:4]  # three of them are free
+
+    server, settings = serve(lambda *_: failure(500), max_calls=2, retries=5)
+    with pytest.raises(SealError, match="max_calls=2"):
+        judge_openai.judge_many([("Q", "gold", "other")], settings)
+    assert len(server.requests) == 2
+
+
+def test_a_missing_key_is_named_before_anything_is_sent(serve, monkeypatch):
+    server, settings = serve(even)
+    monkeypatch.delenv("TEST_JUDGE_KEY")
+    with pytest.raises(SealError, match="TEST_JUDGE_KEY"):
+        judge_openai.judge_many(ITEMS, settings)
+    assert not server.requests
+
+
+def test_it_works_inside_a_running_event_loop(serve):
+    import asyncio
+
+    _, settings = serve(even)
+
+    async def notebook():
+        return judge_openai.judge_many(ITEMS, settings)
+
+    assert asyncio.run(notebook()) == EVEN
+
+
+def test_pauses_double_and_follow_the_endpoint():
+    drawn = [[real_pause(attempt, None, "m") for _ in range(50)] for attempt in range(4)]
+    for attempt, pauses in enumerate(drawn):
+        assert all(0.25 * 2**attempt <= pause <= 0.5 * 2**attempt for pause in pauses)
+    assert real_pause(5, 0.0, "m") == 0.0
+    assert judge_openai._retry_after({"retry-after": "7"}) == 7.0
+    in_a_minute = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
+    assert 57 < judge_openai._retry_after({"retry-after": in_a_minute}) < 62
+    assert judge_openai._retry_after({"retry-after": "soon"}) is None
+    with pytest.raises(SealError, match="asks to wait 3600 s"):
+        real_pause(0, 3600.0, "m")
