@@ -227,7 +227,8 @@ def arrange(batch: Batch, chunk: int, key: jax.Array) -> Iterator[Chunk]:
     """
     steps = [_steps(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    order = sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), i))
+    longest = [_width(own[0]) if own else 0 for own in steps]
+    order = sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
     chunk = min(chunk or len(order), len(order))
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
     widths = [_group_widths([steps[i] for i in group]) for group in groups]

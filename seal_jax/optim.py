@@ -143,7 +143,7 @@ def update(
 
     Clipping, bias correction and decoupled decay are torch's and transformers' Trainer's.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
     lr = rate(state.step)
