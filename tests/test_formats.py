@@ -196,6 +196,7 @@ def test_pooling_runs_gives_the_published_figures():
         pytest.skip("this copy of the data lacks some runs")
     pooled = continual.pool([continual.read(path) for path in paths])
     assert pooled["n_sequences"] == golden["n_sequences_total"]
+    assert {key: pooled[key] for key in golden["metadata"]} == golden["metadata"]
     assert pooled["mean"] == golden["average_mean"]
     by_name = {key.split()[0]: value for key, value in golden.items()}
     assert pooled["average_std"] == by_name["average_std"]

@@ -63,10 +63,12 @@ def texts(task: Task, context: Context, self_edit: str) -> tuple[str, ...]:
 def candidates(context: Context, k: int) -> list[str]:
     """Returns the first `k` self-edits that are not blank, of those that came with a context.
 
-    Without any there is one blank one: it trains on the passage alone.
+    Old files have one, as `completion`. Without any there is one blank one: it trains on the
+    passage alone.
     """
     data = context.data if isinstance(context.data, dict) else {}
-    return [text for text in data.get("completions") or [] if text.strip()][:k] or [""]
+    written = data.get("completions") or [data.get("completion", "")]
+    return [text for text in written if text.strip()][:k] or [""]
 
 
 def verdicts(task: Task, pairs: Sequence[Asked], answers: Sequence[str]) -> tuple[bool, ...]:

@@ -52,7 +52,8 @@ def pool(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "pooled_std": np.sqrt((within + between) / max(total - 1, 1)),
     }
     rounded = {key: np.round(value, 4).tolist() for key, value in values.items()}
-    return {**rounded, "n_sequences": total}
+    about = {key: summaries[0].get(key) for key in ("n_datapoints", "dataset", "base_model")}
+    return {**rounded, "n_sequences": total, **about}
 
 
 def read(path: str | Path) -> dict[str, Any]:
