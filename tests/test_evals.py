@@ -60,7 +60,7 @@ def lora_of(options, epochs=10):
 
 
 def query_server_cases():
-    folder = shared_data.path("ki_goldens/query_server_replay/synthetic.json").parent
+    folder = shared_data.path("ki_goldens/query_server_replay")
     for path in sorted(folder.glob("*.json*")):
         name = f"ki_goldens/query_server_replay/{path.name.removesuffix('.gz')}"
         content = shared_data.read(name)

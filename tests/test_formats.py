@@ -138,6 +138,14 @@ def test_ties_and_blank_self_edits_are_settled_as_the_reference_does():
         assert sft.file_name(case["input"], case["k_best"]) == case["expected_name"]
 
 
+def test_rows_need_the_prompt_and_the_time_of_the_run():
+    old = {"articles": [{"completions": [{"text": "x", "stats": {"adapter_mean": 1.0}}]}]}
+    with pytest.raises(SealError, match="article 0: no 'prompt'"):
+        sft.rows(old)
+    with pytest.raises(SealError, match="no 'timestamp'"):
+        sft.file_name(old)
+
+
 # Data sets with completions
 
 

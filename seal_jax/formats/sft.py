@@ -15,10 +15,10 @@ def rows(result: Mapping[str, Any], k: int = 1) -> list[dict[str, str]]:
     left out, so a passage may give fewer rows than `k`, or none.
     """
     made = []
-    for article in result["articles"]:
+    for i, article in enumerate(result["articles"]):
         best = sorted(article["completions"], key=lambda entry: -entry["stats"]["adapter_mean"])
         texts = [entry["text"].strip() for entry in best[:k]]
-        prompt = article["prompt"]
+        prompt = files.need(article, "prompt", str, f"article {i}")
         made += [{"prompt": prompt, "completion": text} for text in texts if text]
     return made
 
@@ -26,7 +26,7 @@ def rows(result: Mapping[str, Any], k: int = 1) -> list[dict[str, str]]:
 def file_name(result: Mapping[str, Any], k: int = 1) -> str:
     """Returns what the reference calls the file: `sft_best1of5_0508_015401.jsonl`."""
     most = max((len(article["completions"]) for article in result["articles"]), default=0)
-    return f"sft_best{k}of{most}_{result['timestamp']}.jsonl"
+    return f"sft_best{k}of{most}_{files.need(result, 'timestamp', str, 'result file')}.jsonl"
 
 
 def text(made: Sequence[Mapping[str, str]]) -> str:
