@@ -263,12 +263,14 @@ def _group_widths(group: list[list[list[list[Text]]]]) -> list[int]:
 
 
 def _visits(batch: Batch, groups: list[list[int]], steps: list) -> int:
-    """Returns the most steps any group runs: epochs of its longest by its largest slot count."""
-    return max(
-        max((batch.candidates[i].epochs for i in g), default=0)
-        * max((len(steps[i]) for i in g), default=0)
-        for g in groups
-    )
+    """Returns the most steps any group runs: those in which some candidate of it is active."""
+
+    def count(group: list[int]) -> int:
+        own = [(batch.candidates[i].epochs, len(steps[i])) for i in group]
+        last = max(epochs for epochs, _ in own)
+        return sum(max(n for epochs, n in own if epochs > e) for e in range(last))
+
+    return max(map(count, groups), default=0)
 
 
 def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
@@ -294,8 +296,9 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     slots_c = np.array([len(steps[i]) for i in group], int)
     epochs_c = np.array([batch.candidates[i].epochs for i in group], int)
     epoch_i, slot_i = _order(int(epochs_c.max(initial=0)), len(home), key)
-    fill = max(shape.visits, 1) - len(slot_i)
     active = (slot_i[None] < slots_c[:, None]) & (epoch_i[None] < epochs_c[:, None])
+    slot_i, active = slot_i[active.any(0)], active[:, active.any(0)]
+    fill = max(shape.visits, 1) - len(slot_i)
     rates = np.zeros(c, np.float32)
     rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
     index = np.full(c, -1)

@@ -116,6 +116,13 @@ def test_useful_and_processed_tokens_are_counted():
         assert chunk.processed == 2 * sum(rows * t for rows, t in widths)
 
 
+def test_no_step_is_run_in_which_nobody_is_active():
+    written = [toys.text(5, 0) + ";epochs=9", "1 2 3;4 5 6;7 8 9;epochs=2"]
+    chunk = next(batching.arrange(toys.batch(written), 0, KEY))
+    assert chunk.slots.visits == 3 + 3 + 7  # two epochs of three texts, then seven of one
+    assert chunk.slots.active_ci.any(0).all()
+
+
 def test_batch_size_0_packs_all_texts_into_one_step_per_epoch():
     written = ";".join(toys.text(100, n) for n in range(12)) + ";epochs=2"
     batch = toys.batch([written], Inner(batch_size=0))

@@ -1,0 +1,213 @@
+"""Laws of the inner loop: many are as one, nobody touches a neighbour, the base has one copy."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import provenance
+import pytest
+import toys
+
+from seal_jax import batching, inner, lora, optim
+from seal_jax.batching import Slots
+from seal_jax.config import Config, Inner, Lora
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+KEY = jax.random.key(3)
+RATE = 0.01
+# Texts of 3 to 23 tokens: buckets of 16 and 24. Unequal numbers of texts, epochs and rates.
+WRITTEN = [
+    f"lr={RATE};epochs=3;" + ";".join(toys.text(n, (0, n)) for n in (20, 7, 4)),
+    f"lr={RATE / 4};epochs=4;" + ";".join(toys.text(n, (1, n)) for n in (22, 5)),
+    f"lr={RATE};epochs=1;" + toys.text(9, 2),
+    "bad",
+    f"lr={RATE};epochs=2;" + ";".join(f"{toys.text(4, (3, n))}>{toys.text(n, n)}" for n in (5, 16)),
+]
+STEPS = [9, 8, 1, 0, 4]
+SETTINGS = Inner(warmup_steps=2, weight_decay=0.01, chunk=5)
+CFG = Config(lora=Lora(rank=2, alpha=4.0, targets=("q", "v", "down")), inner=SETTINGS)
+
+# Adam turns the rounding of a gradient near zero into a step of up to the learning rate, so states
+# are compared in units of it; losses as float32 sums.
+LOSS_CLOSE = dict(rtol=2e-5)
+STATE_CLOSE = dict(rtol=0, atol=0.05 * RATE)
+
+
+def run(params, written, chunk=5, **changes):
+    """Returns adapters and losses, all five candidates in one program unless told otherwise."""
+    settings = dataclasses.replace(SETTINGS, chunk=chunk, **changes)
+    return inner.adapt_many(params, toys.batch(written, settings), KEY, CFG)
+
+
+@pytest.fixture(scope="module")
+def together(params):
+    return run(params, WRITTEN)
+
+
+@pytest.fixture(scope="module")
+def fresh(params):
+    """The adapters before the inner loop."""
+    ids = np.array([c.id for c in toys.batch(WRITTEN).candidates], np.uint32)
+    return inner.init_many(params.config, CFG.lora, KEY, ids)
+
+
+def unlike(one: lora.Adapter, other: lora.Adapter) -> float:
+    """Returns the largest difference between two adapters."""
+    gaps = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), one, other)
+    return max(jax.tree.leaves(gaps))
+
+
+def test_vmap_equals_one_candidate_at_a_time(params, fresh, together):
+    adapters, losses = together
+    chunk = next(batching.arrange(toys.batch(WRITTEN, SETTINGS), 5, KEY))
+    one = jax.jit(functools.partial(inner.adapt, settings=inner.loop_settings(SETTINGS)))
+    for at, index in enumerate(chunk.index):
+        axes = {name: None if name in batching.SHARED else at for name in inner._AXES}
+        alone = Slots(
+            **{
+                name: jax.tree.map(lambda x, a=axis: x if a is None else x[a], value)
+                for name, axis in axes.items()
+                for value in [getattr(chunk.slots, name)]
+            }
+        )
+        adapter, measures = one(params, lora.take(fresh, index), alone)
+        n = STEPS[index]
+        np.testing.assert_allclose(losses[index][:n], measures.loss[:n], **LOSS_CLOSE)
+        chex.assert_trees_all_close(lora.take(adapters, index), adapter, **STATE_CLOSE)
+        if n > 1:  # the first step of the warm-up has rate 0
+            assert unlike(adapter, lora.take(fresh, index)) > RATE / 4
+
+
+def test_losses_are_given_for_the_steps_taken_and_nan_after(together):
+    _, losses = together
+    for row, n in zip(losses, STEPS, strict=True):
+        assert np.isfinite(row[:n]).all() and np.isnan(row[n:]).all()
+    assert losses[0][6:9].mean() < losses[0][:3].mean()  # an epoch of three texts
+
+
+def test_the_chunk_size_changes_nothing(params, together):
+    adapters, losses = run(params, WRITTEN, chunk=2)  # the last chunk holds one, and a filler
+    for i, n in enumerate(STEPS):
+        np.testing.assert_allclose(losses[i][:n], together[1][i][:n], **LOSS_CLOSE)
+    chex.assert_trees_all_close(adapters, together[0], **STATE_CLOSE)
+
+
+def test_learning_rate_0_changes_nothing_to_the_last_bit(params, fresh):
+    written = [WRITTEN[0].replace(f"lr={RATE}", "lr=0"), *WRITTEN[1:]]
+    adapters, losses = run(params, written)
+    chex.assert_trees_all_equal(lora.take(adapters, 0), lora.take(fresh, 0))
+    chex.assert_trees_all_equal(lora.take(adapters, 3), lora.take(fresh, 3))  # "bad": no steps
+    assert np.isfinite(losses[0][:9]).all()
+    assert unlike(lora.take(adapters, 1), lora.take(fresh, 1)) > RATE / 8
+
+
+@pytest.mark.parametrize(
+    ("change", "finite"),
+    [((toys.text(7, (0, 7)), toys.text(7, "other")), True), ((f"lr={RATE};", "lr=1e38;"), False)],
+    ids=["other data", "divergence"],
+)
+def test_a_neighbour_is_untouched_to_the_last_bit(params, together, change, finite):
+    assert change[0] in WRITTEN[0]
+    written = [WRITTEN[0].replace(*change), *WRITTEN[1:]]
+    adapters, losses = run(params, written)
+    others = [1, 2, 3, 4]
+    chex.assert_trees_all_equal(lora.take(adapters, others), lora.take(together[0], others))
+    np.testing.assert_array_equal(losses[1:], together[1][1:])
+    assert not np.array_equal(losses[0][:9], together[1][0][:9])
+    diverged = inner.diverged(toys.batch(written, SETTINGS), losses)
+    np.testing.assert_array_equal(diverged, [not finite, False, False, False, False])
+
+
+def test_each_candidate_follows_its_own_schedule(params, fresh):
+    batch = toys.batch(WRITTEN, SETTINGS)
+    chunk = next(batching.arrange(batch, 5, KEY))
+    settings = inner.loop_settings(SETTINGS)
+    start = lora.take(fresh, list(chunk.index))
+    _, measures = inner.adapt_slots(params, start, chunk.slots, settings=settings, remat=False)
+    for at, index in enumerate(chunk.index):
+        n, peak = STEPS[index], batch.candidates[index].learning_rate
+        expected = [peak * (i / 2 if i < 2 else 1 - (i - 2) / (n - 2)) for i in range(n)]
+        np.testing.assert_allclose(measures.learning_rate[at][:n], expected, rtol=1e-6)
+        assert np.isnan(measures.learning_rate[at][n:]).all()
+        assert (measures.grad_norm[at][:n] > 0).all()
+
+
+def test_all_texts_in_one_step_are_packed_without_a_trace(params, fresh):
+    lengths = (9, 7, 5)
+    written = "epochs=1;" + ";".join(toys.text(n, n) for n in lengths)
+    batch = toys.batch([written], dataclasses.replace(SETTINGS, batch_size=0))
+    _, losses = inner.adapt_many(params, batch, KEY, CFG)
+    rows, weights = np.zeros((2, 3, 10), np.int32)
+    for i, text in enumerate(batch.candidates[0].texts):
+        rows[i, : lengths[i] + 1] = text.tokens
+        weights[i, 1 : lengths[i] + 1] = 1
+    apart = jax.jit(optim.loss)(params, lora.take(fresh, 0), rows, weights)
+    np.testing.assert_allclose(losses[0], [apart], **LOSS_CLOSE)
+
+
+def test_a_second_call_of_the_same_shape_compiles_nothing(params, together):
+    before = inner.adapt_slots._cache_size()
+    other = [w.replace(f"lr={RATE}", "lr=0.003") for w in WRITTEN]
+    run(params, [*other[:2], "bad", f"epochs=3;{toys.text(14, 1)}", f"epochs=4;{toys.text(3, 1)}"])
+    assert inner.adapt_slots._cache_size() == before
+    run(params, WRITTEN * 3)  # three chunks
+    assert inner.adapt_slots._cache_size() <= before + 1
+
+
+def test_the_base_weights_never_gain_a_candidate_axis(params):
+    c = 5  # no dimension of the toy model is 5
+    batch = toys.batch(WRITTEN, SETTINGS)
+    chunk = next(batching.arrange(batch, c, KEY))
+    settings, config = inner.loop_settings(SETTINGS), params.config
+    adapters = jax.vmap(lambda key: lora.init(config, CFG.lora, key))(jax.random.split(KEY, c))
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
+    many = functools.partial(inner.adapt_slots, settings=settings)
+    found = provenance.uses(many, names, params, adapters, chunk.slots)
+    assert all(found.values()), "a weight is not used at all: this test would see nothing"
+    assert {n: s for n, shapes in found.items() for s in shapes if c in s} == {}
+
+    # Negative control: with a base of its own for each candidate, every weight is reported.
+    def wasteful(params, adapters, slots):
+        one = functools.partial(inner.adapt, settings=settings)
+        return jax.vmap(one, in_axes=(0, 0, Slots(**inner._AXES)))(params, adapters, slots)
+
+    copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (c, *x.shape)), params)
+    found = provenance.uses(wasteful, names, copies, adapters, chunk.slots)
+    assert all(any(c in shape for shape in shapes) for shapes in found.values())
+
+
+def test_no_gradient_of_a_base_weight_is_ever_formed(params, adapter):
+    tokens_bt, weights_bt = toys.tokens(2, 9), np.ones((2, 9), np.int8)
+    products = set()
+
+    def collect(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                products.add(eqn.outvars[0].aval.shape)
+            for value in eqn.params.values():
+                for body in value if isinstance(value, tuple) else (value,):
+                    body = getattr(body, "jaxpr", body)
+                    if hasattr(body, "eqns"):
+                        collect(body)
+
+    weights = {
+        shape for x in jax.tree.leaves(params.layers) for shape in [x.shape[1:]] if len(shape) > 1
+    }
+    weights |= {x[::-1] for x in weights}
+    whole = lambda params, a: optim.loss(params, a, tokens_bt, weights_bt)
+    collect(jax.make_jaxpr(jax.grad(whole, argnums=1))(params, adapter).jaxpr)
+    assert not products & weights
+    collect(jax.make_jaxpr(jax.grad(whole, argnums=0))(params, adapter).jaxpr)
+    assert products & weights, "negative control"
+
+
+def test_a_fresh_adapter_depends_on_the_candidate_alone(params, fresh):
+    config, ids = params.config, [c.id for c in toys.batch(WRITTEN).candidates]
+    assert len(set(ids)) == 5
+    some = inner.init_many(config, CFG.lora, KEY, np.array([ids[3], ids[0]], np.uint32))
+    chex.assert_trees_all_equal(some, lora.take(fresh, [3, 0]))
+    assert unlike(lora.take(fresh, 0), lora.take(fresh, 3)) > 0.1
