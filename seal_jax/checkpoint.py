@@ -27,6 +27,7 @@ _FAMILIES = {
     "Qwen3ForCausalLM": "qwen3",
     "LlamaForCausalLM": "llama",
 }
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
 
 
@@ -85,6 +86,9 @@ def load_tokenizer(folder: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        # transformers would give an empty tokenizer without a word.
+        raise SealError(f"{folder}: no tokenizer there ({', '.join(_TOKENIZERS)})")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
@@ -102,6 +106,8 @@ def read_config(folder: Path) -> ModelConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SealError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise SealError(f"{file}: holds no settings")
     names = raw.get("architectures") or []
     family = next((_FAMILIES[n] for n in names if n in _FAMILIES), None)
     if family is None:
@@ -128,6 +134,8 @@ def read_config(folder: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise SealError(f"{file}: no key {error.args[0]!r}") from error
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, SealError) else SealError(f"{file}: {error}") from error
     if config.n_heads % config.n_kv_heads:
         raise SealError(
             f"{file}: num_attention_heads={n} is no multiple of num_key_value_heads="
@@ -185,9 +193,12 @@ def _files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            places = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            places = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
             raise SealError(f"{index}: not an index of safetensors files") from error
+        outside = [file for file in places.values() if Path(file).name != file]
+        if outside:
+            raise SealError(f"{index}: {outside[0]!r} is not a file of this folder")
         return {name: folder / file for name, file in places.items()}
     single = folder / "model.safetensors"
     if not single.is_file():

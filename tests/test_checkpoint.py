@@ -1,0 +1,247 @@
+"""Laws of model folders: written and read bit for bit; what is wrong gets a sentence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+from seal_jax import checkpoint, model
+from seal_jax.checkpoint import LM
+from seal_jax.errors import SealError
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory, params) -> Path:
+    """A saved model; tests that spoil it copy it first."""
+    folder = tmp_path_factory.mktemp("models") / "qwen"
+    return checkpoint.save_hf(LM(params, None, params.config), folder)
+
+
+@pytest.fixture
+def copy(qwen, tmp_path) -> Path:
+    return Path(shutil.copytree(qwen, tmp_path / "copy"))
+
+
+def read(folder: Path, dtype=jnp.float32):
+    return checkpoint.read_params(folder, checkpoint.read_config(folder), dtype)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    raw = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in raw.items() if v != "remove"}))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    file = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, file)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_comes_back_as_it_was(family, models, tmp_path, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), models[family])
+    folder = checkpoint.save_hf(LM(params, None, params.config), tmp_path / "new" / family)
+    back = read(folder, jnp.dtype(dtype))
+    assert back.config == params.config
+    chex.assert_trees_all_equal(back, params)
+    chex.assert_trees_all_equal_dtypes(back, params)
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert ("lm_head.weight" in stored) == (not params.config.tied)
+    # [out, in] as in torch: the first row gives the first output.
+    name = "model.layers.1.mlp.down_proj.weight"
+    np.testing.assert_array_equal(stored[name], np.asarray(params.layers["down"])[1].T)
+
+
+def test_a_sharded_model_comes_back_as_it_was(params, tmp_path):
+    limit = 10_000
+    folder = checkpoint.save_hf(LM(params, None, params.config), tmp_path / "s", shard=limit)
+    files = sorted(folder.glob("model-*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(files) > 2 and not (folder / "model.safetensors").exists()
+    sizes = [sum(x.nbytes for x in safetensors.numpy.load_file(f).values()) for f in files]
+    assert max(sizes) <= limit and sum(sizes) == index["metadata"]["total_size"]
+    assert sum(sizes) == sum(x.nbytes for x in jax.tree.leaves(params))
+    assert {file for file in index["weight_map"].values()} == {f.name for f in files}
+    chex.assert_trees_all_equal(read(folder), params)
+
+
+def test_files_of_the_source_are_copied_verbatim(copy, params, tmp_path):
+    odd = '{ "chat": "template",\n\n"x": 1.50 }'
+    (copy / "tokenizer_config.json").write_text(odd)
+    (copy / "chat_template.jinja").write_text("{{ messages }}\n")
+    (copy / "modeling.py").write_text("raise SystemExit")
+    (copy / "model.safetensors.index.json.bak").write_text("")
+    edit_config(copy, unknown_to_us=[1.0], rope_theta=10_000)
+    lm = LM(params, None, checkpoint.read_config(copy), copy)
+    folder = checkpoint.save_hf(lm, tmp_path / "out")
+    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (copy / name).read_bytes()
+    assert not (folder / "modeling.py").exists()
+
+
+def test_a_folder_appears_complete_or_not_at_all(params, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_hf(LM(params, None, params.config), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    checkpoint.save_hf(LM(params, None, params.config), tmp_path / "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["new"], "what was left over is gone"
+    with pytest.raises(SealError, match="already there and not empty"):
+        checkpoint.save_hf(LM(params, None, params.config), tmp_path / "new")
+
+
+def test_both_spellings_of_config_json_are_read(copy):
+    scaling = dict(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+    )
+    edit_config(
+        copy, rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling}, torch_dtype="float32"
+    )
+    old = checkpoint.read_config(copy)
+    edit_config(
+        copy,
+        rope_theta="remove",
+        rope_scaling="remove",
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling},
+    )
+    assert checkpoint.read_config(copy) == old
+    assert old.rope_theta == 5e5 and old.rope_scaling == model.RopeScaling(**scaling)
+
+
+def test_every_end_of_text_counts(copy):
+    edit_config(copy, eos_token_id=[7, 9])
+    (copy / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
+    assert checkpoint.read_config(copy).eos_ids == (3, 7, 9)
+
+
+def test_half_precision_weights_are_cast_as_asked(copy, params):
+    def halve(tensors):
+        for name, value in tensors.items():
+            tensors[name] = value.astype(np.float16)
+
+    edit_tensors(copy, halve)
+    expected = jax.tree.map(lambda x: x.astype(jnp.float16).astype(jnp.float32), params)
+    chex.assert_trees_all_equal(read(copy), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.* is not one of Qwen2"),
+        ({"architectures": None}, "architecture unnamed is not one of"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "no key 'low_freq_factor'"),
+        ({"hidden_size": "remove"}, "no key 'hidden_size'"),
+        ({"hidden_size": "wide"}, "'wide'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of"),
+    ],
+)
+def test_a_config_we_cannot_honour_is_refused_by_name(copy, changes, sentence):
+    edit_config(copy, **changes)
+    with pytest.raises(SealError, match=rf"config\.json: .*{sentence}"):
+        checkpoint.read_config(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_a_config_that_is_no_config_is_refused(copy, text):
+    (copy / "config.json").write_text(text)
+    with pytest.raises(SealError, match=r"config\.json: "):
+        checkpoint.read_config(copy)
+
+
+def test_a_missing_tensor_is_named(copy):
+    edit_tensors(copy, lambda x: x.pop("model.layers.1.self_attn.k_proj.bias"))
+    with pytest.raises(SealError, match=r"'model\.layers\.1\.self_attn\.k_proj\.bias' is missing"):
+        read(copy)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(copy):
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(copy, lambda x: x.update({name: np.ascontiguousarray(x[name].T)}))
+    with pytest.raises(SealError, match=rf"{name}.*\(16, 26\).*\(26, 16\)"):
+        read(copy)
+
+
+def test_a_tensor_of_integers_is_named(copy):
+    edit_tensors(copy, lambda x: x.update({"model.norm.weight": np.ones(16, np.int8)}))
+    with pytest.raises(SealError, match=r"model\.norm\.weight.*int8"):
+        read(copy)
+
+
+def test_a_tied_config_with_an_untied_head_is_still_the_models_own_choice(copy, params):
+    # The head in the file is unused, as in transformers.
+    edit_config(copy, tie_word_embeddings=True)
+    assert read(copy).head is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "absent"])
+def test_a_corrupt_file_is_named(copy, damage):
+    file = copy / "model.safetensors"
+    if damage == "absent":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"\xff" * 500)
+    with pytest.raises(SealError, match=r"model\.safetensors"):
+        read(copy)
+
+
+def test_a_shard_that_the_index_promises_must_be_there(params, tmp_path):
+    folder = checkpoint.save_hf(LM(params, None, params.config), tmp_path / "s", shard=10_000)
+    victim = sorted(folder.glob("model-*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(SealError, match=victim.name):
+        read(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "../../elsewhere.safetensors"}}')
+    with pytest.raises(SealError, match="index"):
+        read(folder)
+    index.write_text("[]")
+    with pytest.raises(SealError, match="not an index"):
+        read(folder)
+
+
+def test_a_place_without_a_model_is_told_apart(tmp_path):
+    with pytest.raises(SealError, match="no config.json there"):
+        checkpoint.load_model(str(tmp_path))
+    with pytest.raises(SealError, match="no such folder, and not a hub id"):
+        checkpoint.load_model(str(tmp_path / "nowhere"))
+
+
+def test_a_model_is_loaded_with_its_tokenizer(copy, params):
+    with pytest.raises(SealError, match="tokenizer"):
+        checkpoint.load_model(copy)
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="<eos>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(copy / "tokenizer.json"))
+    (copy / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}'
+    )
+    lm = checkpoint.load_model(copy)
+    assert lm.tokenizer("a b a")["input_ids"] == [1, 2, 1] and lm.tokenizer.eos_token_id == 0
+    assert lm.config == params.config and lm.source == copy
+    chex.assert_trees_all_equal(lm.params, params)
+    half = checkpoint.load_model(copy, dtype="bfloat16").params
+    chex.assert_trees_all_equal(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
