@@ -74,11 +74,11 @@ def test_harmless_settings_and_patterns_are_accepted(saved, adapter, params):
     """What PEFT 0.21 writes for a plain adapter, and a target given as a pattern."""
     plain = dict(
         auto_mapping=None, bias="none", eva_config=None, exclude_modules=None,
-        layer_replication=None, fan_in_fan_out=False, init_lora_weights=True, layers_pattern=None, loftq_config={},
-        lora_bias=False, lora_dropout=0.05, megatron_core="megatron.core", modules_to_save=None,
-        peft_version="0.21.2", qalora_group_size=16, rank_pattern={}, alpha_pattern={},
-        target_parameters=None, trainable_token_indices=None, use_dora=False, use_rslora=False,
-        target_modules=r".*\.(q|k|v|o|gate|up|down)_proj",
+        layer_replication=None, fan_in_fan_out=False, init_lora_weights=True, layers_pattern=None,
+        loftq_config={}, lora_bias=False, lora_dropout=0.05, megatron_core="megatron.core",
+        modules_to_save=None, peft_version="0.21.2", qalora_group_size=16, rank_pattern={},
+        alpha_pattern={}, target_parameters=None, trainable_token_indices=None, use_dora=False,
+        use_rslora=False, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj",
     )  # fmt: skip
     edit(saved, **plain)
     chex.assert_trees_all_equal(peft.load_peft(saved, params.config), adapter)
