@@ -19,7 +19,8 @@ from seal_jax.errors import SelfEditError
 from seal_jax.tasks import Context, Edit, Task
 
 _GRID = (16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768)
-_BUCKETS = 4  # programs inside the program; each costs compile time
+_BUCKETS = 4  # programs inside the program
+_BUCKET_COST = 1 << 16  # compiling one takes as long as processing about this many tokens
 _ROW = 512  # texts of a full batch are packed into rows of about this many tokens
 
 
@@ -198,21 +199,26 @@ def round_up(length: int) -> int:
     return -(-length // 256) * 256
 
 
-def buckets(lengths: Sequence[int], most: int = _BUCKETS) -> tuple[int, ...]:
-    """Returns at most `most` lengths that hold all given ones with the least padding in all."""
+def buckets(lengths: Sequence[int], visits: int = 1 << 30, most: int = _BUCKETS) -> tuple[int, ...]:
+    """Returns lengths that hold all given ones with the least padding and compile time in all.
+
+    Args:
+      visits: How often each of `lengths` is processed.
+      most: Lengths at most.
+    """
     values, counts = np.unique([round_up(x) for x in lengths], return_counts=True)
     n = len(values)
     best = {(0, 0): (0, ())}
     for k in range(1, most + 1):
         for j in range(1, n + 1):
             options = [
-                (best[i, k - 1][0] + int(values[j - 1] * counts[i:j].sum()), i)
+                (best[i, k - 1][0] + int(values[j - 1] * counts[i:j].sum()) * visits, i)
                 for i in range(j)
                 if (i, k - 1) in best
             ]
             if options:
                 cost, i = min(options)
-                best[j, k] = (cost, (*best[i, k - 1][1], int(values[j - 1])))
+                best[j, k] = (cost + _BUCKET_COST, (*best[i, k - 1][1], int(values[j - 1])))
     return min(best[n, k] for k in range(1, most + 1) if (n, k) in best)[1]
 
 
@@ -233,12 +239,14 @@ def arrange(batch: Batch, chunk: int, key: jax.Array) -> Iterator[Chunk]:
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
     widths = [_group_widths([steps[i] for i in group]) for group in groups]
     every = [w for group in widths for w in group]
-    lengths = buckets(every) if every else (_GRID[0],)
+    rows = max((len(s) for own in steps for s in own), default=1)
+    epochs = max((c.epochs for c in batch.candidates), default=0)
+    lengths = buckets(every, epochs * rows * chunk) if every else (_GRID[0],)
     homes = [[next(k for k, t in enumerate(lengths) if t >= w) for w in g] for g in widths]
     shape = _Shape(
         lengths=lengths,
         rooms=[max(1, *(h.count(k) for h in homes)) for k in range(len(lengths))],
-        rows=max((len(s) for own in steps for s in own), default=1),
+        rows=rows,
         visits=_visits(batch, groups, steps),
         candidates=chunk,
         eos_id=batch.eos_id,

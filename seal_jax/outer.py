@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, inner, lora, optim, progress, rewards, runs, state, stats
+from seal_jax import batching, inner, lora, optim, progress, rewards, runs, sampling, state, stats
 from seal_jax import config as config_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
@@ -154,12 +154,13 @@ def write_edits(
     """Returns n self-edits for each context, from the file's records or newly written to it."""
     seen = {(row["context"], row["index"]) for row in runs.records(file)}
     group = max(1, (cfg.sampling.chunk or 64) // n)
+    longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
     with progress.track(f"write self-edits ({file.parent.name})", len(contexts) * n) as advance:
         for start in range(0, len(contexts), group):
             some = contexts[start : start + group]
             wanted = [(context.id, i) for context in some for i in range(n)]
             if not seen.issuperset(wanted):
-                made = rewards.write(lm, task, some, n, key, cfg)
+                made = rewards.write(lm, task, some, n, key, cfg, pad_to=longest)
                 rows = [_edit_record(one) for of_context in made for one in of_context]
                 runs.append(file, [r for r in rows if (r["context"], r["index"]) not in seen])
             advance(len(wanted))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, inner, lora, sampling
+from seal_jax import batching, inner, sampling
 from seal_jax import config as config_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
@@ -33,13 +33,21 @@ class Scores(NamedTuple):
 
 
 def write(
-    lm: LM, task: Task, contexts: Sequence[Context], n: int, key: jax.Array, cfg: config_lib.Config
+    lm: LM,
+    task: Task,
+    contexts: Sequence[Context],
+    n: int,
+    key: jax.Array,
+    cfg: config_lib.Config,
+    *,
+    pad_to: int = 0,
 ) -> list[list[Written]]:
     """Returns n self-edits for each context, drawn by the context's own key."""
     settings = cfg.sampling
+    prompts = [sampling.encode(lm, task.prompt(context)) for context in contexts]
     out = sampling.decode(
         lm,
-        [[sampling.encode(lm, task.prompt(context)) for context in contexts]],
+        [prompts],
         samples=n,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -47,6 +55,7 @@ def write(
         key=key,
         ids=[[identity(context.id) for context in contexts]],
         chunk=settings.chunk,
+        pad_to=pad_to,
     )[0]
     return [
         [
@@ -82,18 +91,34 @@ def answer(
     contexts: Sequence[Context],
     adapters: Adapter | None,
     cfg: config_lib.Config,
+    *,
+    pad_to: int = 0,
 ) -> list[list[str]]:
     """Returns the greedy answers to every question of each context, without the context.
 
     Args:
       contexts: One for each adapter (or any number of them without adapters).
-      adapters: Stacked [c, ...], or None for the bare model.
+      adapters: Stacked [c, ...], or None for the bare model. Those past the contexts are fillers.
+      pad_to: See `sampling.decode`.
     """
     prompts = [[sampling.encode(lm, q.prompt) for q in task.questions(c)] for c in contexts]
+    if adapters is not None:
+        prompts += [[]] * (next(iter(adapters.a.values())).shape[0] - len(contexts))
     out = sampling.decode(
-        lm, prompts, adapters, max_tokens=cfg.answers.max_tokens, chunk=cfg.answers.chunk
+        lm,
+        prompts,
+        adapters,
+        max_tokens=cfg.answers.max_tokens,
+        chunk=cfg.answers.chunk,
+        pad_to=pad_to,
     )
-    return [[sampling.text(lm, one[0]) for one in rows] for rows in out]
+    return [[sampling.text(lm, one[0]) for one in rows] for rows in out[: len(contexts)]]
+
+
+def _longest_question(lm: LM, task: Task, contexts: Sequence[Context]) -> int:
+    """Returns the tokens of the longest question, so that all chunks are padded alike."""
+    unique = {context.id: context for context in contexts}.values()
+    return max(len(sampling.encode(lm, q.prompt)) for c in unique for q in task.questions(c))
 
 
 def score(
@@ -158,14 +183,14 @@ def evaluate(
       done: Says that the candidates at these places need not run again.
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
+    longest = _longest_question(lm, task, [edit.context for edit in edits])
     for chunk in batching.arrange(batch, inner.chunk_size(cfg.inner), key):
         places = [int(i) for i in chunk.index if i >= 0]
         if done(places):
             continue
         adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
-        adapters = lora.take(adapters, slice(0, len(places)))
         contexts = [edits[i].context for i in places]
-        answers = answer(lm, task, contexts, adapters, cfg)
+        answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
         losses = np.asarray(losses)
         steps = np.asarray(chunk.slots.total_c)
         outcomes = [

@@ -45,6 +45,7 @@ def decode(
     key: jax.Array | None = None,
     ids: Sequence[Sequence[int]] | None = None,
     chunk: int = 0,
+    pad_to: int = 0,
 ) -> list[list[list[Output]]]:
     """Returns generated sequences [c][b][samples].
 
@@ -55,6 +56,7 @@ def decode(
       key: Needed unless greedy.
       ids: Names of the rows [c][b], 32 bits: a row's draws depend on key and name alone.
       chunk: Sequences decoded together; 0 chooses by the device.
+      pad_to: Pad prompts to at least this length, so that several calls share one program.
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")
@@ -66,7 +68,7 @@ def decode(
         ids = [[next(numbers) for _ in rows] for rows in prompts]
     room = next((r for r in _ROOM if r >= max_tokens), max_tokens)
     longest = max((len(p) for rows in prompts for p in rows), default=1)
-    t = batching.round_up(longest)
+    t = batching.round_up(max(longest, pad_to))
     kind = "cpu" if jax.default_backend() == "cpu" else "other"
     rows_at_once = max(1, (chunk or _ROWS[kind]) // samples)
     results = [[[] for _ in rows] for rows in prompts]
@@ -118,7 +120,7 @@ def _tiles(prompts, rows_at_once: int, own: bool) -> list[_Tile]:
     every = [[(c, b) for b in range(len(rows))] for c, rows in enumerate(prompts)]
     if not own:
         work = sorted((cb for rows in every for cb in rows), key=lambda cb: len(_at(prompts, cb)))
-        width = min(rows_at_once, len(work))
+        width = min(rows_at_once, 1 << max(len(work) - 1, 0).bit_length())
         starts = range(0, len(work), rows_at_once)
         return [_Tile([work[i : i + rows_at_once]], 1, width) for i in starts]
     work = sorted((rows for rows in every if rows), key=len)
