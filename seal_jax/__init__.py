@@ -16,6 +16,7 @@ from seal_jax.experiment import Report, run
 from seal_jax.inner import adapt_many
 from seal_jax.lora import Adapter, concat, merge
 from seal_jax.model import Params, forward
+from seal_jax.peft import load_peft, save_peft
 from seal_jax.rewards import Scores, sample_edits, score
 from seal_jax.sampling import generate
 from seal_jax.tasks import Context, Task
@@ -43,6 +44,7 @@ __all__ = [
     "judge",
     "load_config",
     "load_model",
+    "load_peft",
     "load_task",
     "lora",
     "merge",
@@ -51,6 +53,7 @@ __all__ = [
     "run",
     "sample_edits",
     "save_hf",
+    "save_peft",
     "score",
     "tasks",
 ]

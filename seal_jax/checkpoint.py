@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from seal_jax import config as config_lib
 from seal_jax import params as params_lib
+from seal_jax import runtime
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params, RopeScaling
 
@@ -48,6 +49,7 @@ def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None
     """
     if not isinstance(model, config_lib.Model):
         model = config_lib.Model(path=str(model))
+    runtime.keep_compiled()
     folder = find(model.path, model.revision)
     config = read_config(folder)
     kind = dtype or model.dtype

@@ -1,0 +1,104 @@
+"""One passage in, adapted model and answers out: the method on a single context."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from seal_jax import batching, checkpoint, inner, lora, outer, peft, rewards
+from seal_jax.batching import SelfEdit
+from seal_jax.config import Config
+from seal_jax.errors import SealError
+from seal_jax.tasks import Context, Task, passages
+from seal_jax.tasks.registry import load_task
+
+
+class Lesson(NamedTuple):
+    """What one context taught: candidates by index, and the questions before and after."""
+
+    context: Context
+    edits: list[SelfEdit]
+    losses: np.ndarray
+    rewards: np.ndarray
+    best: int
+    before: list[str]
+    after: list[str]
+    saved: Path | None
+
+
+def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> Lesson:
+    """Returns the lesson of one passage: `sampling.n` self-edits, each applied and tested.
+
+    Without questions the first self-edit counts as the best.
+
+    Args:
+      passage: JSON in SEAL's format, or a text file: title on the first line, then the passage.
+        None takes the task's first held-out context.
+      out: Folder for the best adapter, in PEFT's format.
+
+    Raises:
+      SealError: for unreadable files, before the model is loaded.
+    """
+    task = load_task(cfg.task) if passage is None or cfg.task.path else _task_of(cfg)
+    context = _context(task, passage)
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise SealError(f"{out}: already there and not empty")
+    lm = checkpoint.load_model(cfg.model)
+    key = outer.key_of(cfg, "lesson")
+    (edits,) = rewards.sample_edits(lm, task, [context], key=key, cfg=cfg)
+    batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=rewards.eos(lm))
+    adapters, losses = inner.adapt_many(lm.params, batch, key, cfg)
+    reward, before, after, best = np.zeros(len(edits)), [], [], 0
+    if context.questions:
+        before = rewards.score(lm, None, task, [context], cfg).answers[0]
+        scores = rewards.score(lm, adapters, task, [context], cfg)
+        reward, best = scores.reward, int(np.argmax(scores.reward))
+        after = scores.answers[best]
+    if out is not None:
+        peft.save_peft(lora.take(adapters, best), out, cfg)
+    return Lesson(context, edits, losses, reward, best, before, after, out)
+
+
+def _task_of(cfg: Config) -> Task:
+    """Returns the functions of the configured task without its contexts."""
+    from seal_jax.tasks import squad
+
+    if cfg.task.name not in ("squad", "tiny-world"):
+        raise SealError(f"task.name={cfg.task.name!r} does not learn from passages")
+    if cfg.task.name == "tiny-world":
+        return load_task(cfg.task)
+    return squad.make([], cfg.task)
+
+
+def _context(task: Task, passage: Path | None) -> Context:
+    if passage is None:
+        found = [*task.held_out, *task.contexts]
+        if not found:
+            raise SealError("no passage: give --passage FILE")
+        return found[0]
+    if passage.suffix == ".json":
+        return passages.load(passage)[0]
+    try:
+        title, _, text = passage.read_text(encoding="utf-8").strip().partition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SealError(f"{passage}: not a readable text file") from error
+    if not text.strip():
+        raise SealError(f"{passage}: expected a title on the first line and a passage below it")
+    return Context(passages.context_id(title, text), title, text.strip())
+
+
+def print_lesson(lesson: Lesson) -> None:
+    """Prints the best self-edit and each question with its answers before and after."""
+    print(f"{lesson.context.title}: {len(lesson.edits)} self-edits")
+    for edit, reward, losses in zip(lesson.edits, lesson.rewards, lesson.losses, strict=True):
+        real = losses[np.isfinite(losses)]
+        change = f"loss {real[0]:.3f} to {real[-1]:.3f}" if len(real) else "trained nothing"
+        mark = " <- best" if edit.index == lesson.best else ""
+        print(f"  {edit.index}: reward {reward:.3f}, {change}{mark}")
+    print(f"\nBest self-edit:\n{lesson.edits[lesson.best].text}\n")
+    answers = zip(lesson.context.questions, lesson.before, lesson.after, strict=True)
+    for question, before, after in answers if lesson.context.questions else ():
+        print(f"{question.text}\n  gold: {question.gold}")
+        print(f"  before: {before.strip()}\n  after: {after.strip()}")
+    if lesson.saved is not None:
+        print(f"\nadapter: {lesson.saved}")
