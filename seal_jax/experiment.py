@@ -52,6 +52,7 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     """
     task = load_task(cfg.task)
     check(cfg, task)
+    checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
     path = runs.open_run(cfg, folder)
     lm = checkpoint.load_model(cfg.model)
     metrics = runs.Metrics(path, cfg.trackers, cfg.name)

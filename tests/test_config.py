@@ -1,0 +1,93 @@
+"""Settings: every file loads, and a mistake is named."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from seal_jax import config
+from seal_jax.errors import SealError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_file_loads_opens_with_its_command_and_survives_a_round_trip(path, tmp_path):
+    cfg = config.load_config(path)
+    assert cfg.name == path.stem
+    head = path.read_text().splitlines()
+    assert head[0].startswith(f"# python -m seal_jax run configs/{path.name}")
+    assert any("Hardware:" in line for line in head[:4])
+    assert any("Expected" in line for line in head[:5])
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.dump(cfg))
+    assert config.load_config(copy) == cfg
+    assert hash(cfg) == hash(config.load_config(path))
+
+
+def test_the_paper_s_values_are_the_defaults():
+    cfg = config.load_config(None)
+    assert (cfg.lora.rank, cfg.lora.alpha, cfg.lora.targets) == (32, 64.0, ("q", "v"))
+    assert (cfg.inner.learning_rate, cfg.inner.epochs, cfg.inner.batch_size) == (1e-3, 10, 1)
+    assert (cfg.outer.sft.learning_rate, cfg.outer.sft.epochs, cfg.outer.sft.batch_size) == (
+        3e-4,
+        2,
+        10,
+    )
+    assert (cfg.sampling.temperature, cfg.sampling.top_p) == (1.0, 0.95)
+
+
+def test_overrides_change_one_value_and_scientific_notation_is_a_number():
+    cfg = config.load_config(None, ["inner.learning_rate=1e-4", "lora.targets=[q, gate]"])
+    assert cfg.inner.learning_rate == 1e-4
+    assert cfg.lora.targets == ("q", "gate")
+    assert cfg.inner.epochs == config.Inner().epochs
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.load_config(None).inner.epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("inner.epoch=5", ["inner.epoch", "did you mean 'inner.epochs'"]),
+        ("lora.rnak=5", ["did you mean 'lora.rank'"]),
+        ("epochs=5", ["unknown key 'epochs'", "inner.epochs"]),
+        ("lora.rank=sixteen", ["lora.rank", "integer"]),
+        ("lora.rank=0", ["lora.rank", "greater than or equal to 1"]),
+        ("lora.targets=[query]", ["lora.targets"]),
+        ("inner.learning_rate=.nan", ["inner.learning_rate"]),
+        ("sampling.top_p=1.5", ["sampling.top_p"]),
+        ("inner=5", ["inner", "group of settings"]),
+        ("inner.epochs", ["expected key=value"]),
+        ("name=[", ["not YAML"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(override, words):
+    with pytest.raises(SealError) as caught:
+        config.load_config(None, [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lora: {rnak: 3}", ["try.yaml", "lora.rnak", "did you mean 'lora.rank'"]),
+        ("a: [\n", ["try.yaml", "line 2", "not valid YAML"]),
+        ("- 1", ["try.yaml", "key: value"]),
+        ("x: !!python/object/apply:os.system [true]", ["try.yaml", "not valid YAML"]),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_the_file(text, words, tmp_path):
+    path = tmp_path / "try.yaml"
+    path.write_text(text)
+    with pytest.raises(SealError) as caught:
+        config.load_config(path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SealError, match="none.yaml: no such configuration file"):
+        config.load_config(tmp_path / "none.yaml")

@@ -1,0 +1,165 @@
+"""Whole runs on the tiny world: killed and resumed, and through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import shared_data
+
+from seal_jax import runs
+from seal_jax.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "outer.contexts=6",
+    "sampling.n=3",
+    "sampling.max_tokens=40",
+    "sampling.chunk=9",
+    "inner.epochs=3",
+    "inner.chunk=4",
+    "outer.sft.epochs=1",
+    "evaluation.contexts=6",
+]
+
+
+def command(folder, *overrides):
+    config = str(ROOT / "configs" / "tiny_world.yaml")
+    return [sys.executable, "-m", "seal_jax", "run", config, *overrides, "--run", str(folder)]
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def record_files(folder):
+    files = {p.relative_to(folder): p for p in sorted(folder.rglob("*.jsonl"))}
+    return {name: path for name, path in files.items() if name.name != "metrics.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(command(folder, *SMALL), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
+    folder, printed = whole
+    for name in ("base", "passage", "own self-edits", "round 1", "round 2", "control", "oracle"):
+        assert f"\n{name}" in printed
+    for number in range(2):
+        home = folder / f"round_{number}"
+        assert lines(home / "edits.jsonl") == lines(home / "rewards.jsonl") == 18
+        assert lines(home / "kept.jsonl") <= 6
+        assert json.loads((home / "summary.json").read_text())["self_edits"] == 18
+        assert (home / "policy").is_dir()
+    table = json.loads((folder / "eval" / "table.json").read_text())
+    assert table["oracle"]["n"] == 6 and table["oracle"]["se"] >= 0
+
+
+def test_a_run_killed_at_three_stages_ends_with_the_same_records(whole, tmp_path):
+    folder = tmp_path / "run"
+    stages = [
+        lambda: lines(folder / "round_0" / "edits.jsonl") >= 9,
+        lambda: lines(folder / "round_0" / "rewards.jsonl") >= 4,
+        lambda: lines(folder / "round_1" / "rewards.jsonl") >= 8,
+    ]
+    for reached in stages:
+        process = subprocess.Popen(command(folder, *SMALL), stderr=subprocess.DEVNULL)
+        while not reached():
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    # What a kill in the middle of a write would leave.
+    with open(folder / "round_1" / "rewards.jsonl", "a") as out:
+        out.write('{"context": "torn')
+    assert main(command(folder, *SMALL)[3:]) == 0
+    expected = record_files(whole[0])
+    assert set(record_files(folder)) == set(expected)
+    for name, path in record_files(folder).items():
+        assert path.read_text() == expected[name].read_text(), name
+
+
+def test_another_chunk_size_gives_the_same_records(whole, tmp_path):
+    folder = tmp_path / "run"
+    other = [x for x in SMALL if "chunk" not in x]
+    other += ["sampling.chunk=18", "inner.chunk=3", "outer.rounds=1", "outer.control=false"]
+    assert main(command(folder, *other, "evaluation.contexts=0")[3:]) == 0
+    for name in ("edits", "rewards"):
+        key = lambda row: (row["context"], row["index"])
+        ours = sorted(runs.records(folder / "round_0" / f"{name}.jsonl"), key=key)
+        theirs = sorted(runs.records(whole[0] / "round_0" / f"{name}.jsonl"), key=key)
+        for a, b in zip(ours, theirs, strict=True):
+            for field in ("first_loss", "last_loss", "logprob"):  # sums in another order
+                if a.get(field) is not None:
+                    assert a.pop(field) == pytest.approx(b.pop(field), rel=1e-4)
+            assert a == b
+
+
+def test_real_passages_go_through_the_same_command(tmp_path):
+    path = shared_data.path("ki_inputs/squad_val.json")
+    folder = tmp_path / "run"
+    config = str(ROOT / "configs" / "squad_tiny.yaml")
+    small = ["outer.contexts=3", "task.size=3", "sampling.n=2", "sampling.max_tokens=24"]
+    arguments = ["run", config, f"task.path={path}", *small, "--run", str(folder)]
+    assert main([*arguments, "inner.epochs=1", "evaluation.contexts=2"]) == 0
+    rows = runs.records(folder / "round_0" / "rewards.jsonl")
+    assert len(rows) == 6
+    assert all(row["steps"] > 0 and row["error"] is None for row in rows)
+    assert all(len(row["answers"]) == len(row["verdicts"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("outer.contexts=5000", "5000"),
+        ("evaluation.contexts=5000", "evaluation.contexts"),
+        ("task.name=nothing", "task.name"),
+        ("task.name=no.such.module:task", "no.such.module"),
+        ("inner.epoch=3", "did you mean"),
+    ],
+)
+def test_bad_settings_end_before_a_folder_is_made(override, words, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(command(folder, override)[3:]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("seal-jax: ") and error.count("\n") <= 2
+    assert not folder.exists()
+
+
+def test_an_unknown_model_ends_with_a_sentence(tmp_path, capsys):
+    assert main(command(tmp_path / "run", "model.path=./nowhere")[3:]) == 2
+    assert "./nowhere" in capsys.readouterr().err
+
+
+def test_adapt_teaches_one_passage_and_saves_the_adapter(tmp_path, capsys):
+    config = str(ROOT / "configs" / "tiny_world.yaml")
+    out = tmp_path / "adapter"
+    assert main(["adapt", config, "sampling.n=3", "inner.epochs=3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "<- best" in printed and "before:" in printed
+    assert (out / "adapter_model.safetensors").is_file()
+    assert main(["adapt", config, "--passage", str(tmp_path / "none.txt")]) == 2
+
+
+@pytest.mark.parametrize("name", ["run", "adapt", "pretrain"])
+def test_each_command_s_help_has_an_example(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    assert f"seal-jax {name} " in capsys.readouterr().out
+
+
+def test_no_and_unknown_commands(capsys):
+    assert main([]) == 0
+    assert "run" in capsys.readouterr().out
+    assert main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Choosing self-edits, finetuning on them, and keys that depend on their purpose alone."""
+
+import jax
+import numpy as np
+import pytest
+
+import seal_jax as seal
+from seal_jax import config, outer
+from seal_jax.errors import SealError
+from seal_jax.outer import Scored
+
+
+def scored(context, index, *rewards, text="text"):
+    return Scored(context, index, "prompt", text, rewards)
+
+
+def test_the_best_of_each_context_is_kept_in_order_of_appearance():
+    kept = outer.keep_best(
+        [scored("b", 0, 0.1), scored("b", 1, 0.9), scored("a", 0, 0.5), scored("a", 1, 0.2)]
+    )
+    assert [(x.context, x.index) for x in kept] == [("b", 1), ("a", 0)]
+
+
+def test_of_equal_ones_the_first_wins_even_when_sums_round_differently():
+    # 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ as floats; their exact means do not.
+    assert (0.1 + 0.2) + 0.3 != (0.3 + 0.2) + 0.1
+    for first, second in [((0.3, 0.2, 0.1), (0.1, 0.2, 0.3)), ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))]:
+        (kept,) = outer.keep_best([scored("a", 0, *first), scored("a", 1, *second)])
+        assert kept.index == 0
+
+
+def test_all_zero_keeps_the_first_and_a_threshold_keeps_none():
+    zeros = [scored("a", 0, 0.0), scored("a", 1, 0.0)]
+    assert [x.index for x in outer.keep_best(zeros)] == [0]
+    assert outer.keep_best(zeros, 1, min_reward=0.5) == []
+
+
+def test_k_of_zero_keeps_all_that_reach_the_threshold():
+    rows = [scored("a", i, r) for i, r in enumerate([1.0, 0.0, 1.0])]
+    assert [x.index for x in outer.keep_best(rows, 0, min_reward=1.0)] == [0, 2]
+
+
+def test_a_blank_best_self_edit_is_dropped_not_replaced():
+    rows = [scored("a", 0, 0.9, text=" \n"), scored("a", 1, 0.5)]
+    assert outer.keep_best(rows) == []
+    assert [x.index for x in outer.keep_best(rows, 2)] == [1]
+
+
+def test_the_control_takes_one_of_each_context_whatever_its_reward():
+    rows = [scored(c, i, float(i == 0)) for c in "abcdefgh" for i in range(5)]
+    chosen = outer.keep_random(rows, np.random.default_rng(0))
+    assert [x.context for x in chosen] == list("abcdefgh")
+    assert len({x.index for x in chosen}) > 1
+
+
+def test_keys_differ_by_purpose_and_seed_and_are_otherwise_equal():
+    cfg, other = config.Config(seed=1), config.Config(seed=2)
+    data = lambda *a: tuple(jax.random.key_data(outer.key_of(*a)).tolist())
+    assert data(cfg, "write", 0) == data(config.Config(seed=1), "write", 0)
+    assert len({data(cfg, "write", 0), data(cfg, "write", 1), data(cfg, "sft", 0)}) == 3
+    assert data(cfg, "write", 0) != data(other, "write", 0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return seal.load_model("tiny-world"), seal.load_task("tiny-world")
+
+
+ROWS = 4
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_finetuning_makes_the_kept_self_edits_likelier_and_leaves_the_policy_alone(tiny, method):
+    lm, task = tiny
+    contexts = task.contexts[:ROWS]
+    rows = [(task.prompt(c), task.references["oracle"](c)) for c in contexts]
+    before = [np.asarray(x) for x in jax.tree.leaves(lm.params)]
+    settings = config.Sft(method=method, learning_rate=2e-3, epochs=6, batch_size=ROWS)
+    params, losses = outer.finetune(lm, rows, settings, jax.random.key(0))
+    assert losses.shape == (6,)
+    assert losses[-1] < 0.8 * losses[0]
+    for a, b in zip(before, jax.tree.leaves(lm.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.structure(params) == jax.tree.structure(lm.params)
+    again, _ = outer.finetune(lm, rows, settings, jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_rate_of_zero_changes_nothing(tiny):
+    lm, task = tiny
+    rows = [(task.prompt(c), task.references["oracle"](c)) for c in task.contexts[:ROWS]]
+    settings = config.Sft(method="full", learning_rate=0.0, epochs=1, batch_size=ROWS)
+    params, _ = outer.finetune(lm, rows, settings, jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(lm.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_kept_is_an_error_for_finetune(tiny):
+    with pytest.raises(SealError, match="no self-edit was kept"):
+        outer.finetune(tiny[0], [], config.Sft(), jax.random.key(0))

@@ -1,0 +1,63 @@
+"""The run folder: records survive torn lines, folders of other runs are refused."""
+
+import json
+
+import pytest
+
+from seal_jax import config, runs
+from seal_jax.errors import SealError
+
+
+def test_records_come_back_as_written_in_order(tmp_path):
+    file = tmp_path / "deep" / "rows.jsonl"
+    runs.append(file, [{"a": 1}, {"a": "é\n"}])
+    runs.append(file, [{"a": None}])
+    assert runs.records(file) == [{"a": 1}, {"a": "é\n"}, {"a": None}]
+
+
+def test_a_torn_last_line_is_dropped_and_the_next_record_starts_clean(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    runs.append(file, [{"a": 1}])
+    with open(file, "a") as out:
+        out.write('{"a": 2, "te')
+    assert runs.records(file) == [{"a": 1}]
+    runs.append(file, [{"a": 3}])
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [{"a": 1}, {"a": 3}]
+
+
+def test_damage_before_the_last_line_is_an_error_that_names_the_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\nnonsense\n{"a": 3}\n')
+    with pytest.raises(SealError, match="rows.jsonl, line 2"):
+        runs.records(file)
+
+
+def test_records_hold_no_nan(tmp_path):
+    with pytest.raises(ValueError):
+        runs.append(tmp_path / "rows.jsonl", [{"a": float("nan")}])
+    assert runs.records(tmp_path / "rows.jsonl") == []
+
+
+def test_a_folder_resumes_its_own_run_and_refuses_another_by_key(tmp_path):
+    cfg = config.load_config(None, ["inner.epochs=3"])
+    folder = runs.open_run(cfg, tmp_path / "run")
+    assert runs.open_run(cfg, folder) == folder
+    with pytest.raises(SealError, match=r"inner\.epochs"):
+        runs.open_run(config.load_config(None, ["inner.epochs=4"]), folder)
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["jax"]
+
+
+def test_a_folder_with_other_things_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(SealError, match="no run of ours"):
+        runs.open_run(config.Config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_scalars_go_to_a_file_and_to_tensorboard(tmp_path):
+    metrics = runs.Metrics(tmp_path, ["tensorboard"])
+    metrics.log(stage="x", reward=0.5)
+    (row,) = runs.records(tmp_path / "metrics.jsonl")
+    assert (row["stage"], row["reward"]) == ("x", 0.5)
+    assert list((tmp_path / "tensorboard").iterdir())
