@@ -178,7 +178,7 @@ def test_pretraining_depends_on_its_seed_only_and_learns():
     (first, losses), (again, _), (other, _) = run(0), run(0), run(1)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
-    assert losses[0] == pytest.approx(np.log(64), abs=0.6) and losses[-1] < 0.7 * losses[0]
+    assert losses[0] == pytest.approx(np.log(64), abs=0.6) and losses[-1] < losses[0] - 0.5
 
 
 def test_pretraining_refuses_a_folder_in_use(tmp_path):

@@ -21,7 +21,7 @@ from seal_jax.tiny import tokens as tokens_lib
 from seal_jax.tiny import world
 
 ROWS, LENGTH = 16, 144
-TINY_WORLD_TOKENS = 7_000_000
+TINY_WORLD_TOKENS = 6_500_000
 _SELF_EDITS = 0.27  # of the texts; their tokens are 60% of all
 _PROMPT_WEIGHT = 0.3
 _LOOKAHEAD = 64
