@@ -1,0 +1,283 @@
+"""What the offline judge looks at: how much of the gold is in the answer, and beside what.
+
+All of it is about words, so it knows neither the topic nor the passage. What depends on question
+and gold alone is prepared once (`prepare`), since the same question is answered many times.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from seal_jax.judge_words import NEGATIONS, Word, similarity, trigrams, words
+
+SIMILAR = 0.75
+"""Words at least this similar count as the same word."""
+
+NAMES = tuple(
+    "found found_new found_new_similar found_weighted missing_weight found_weight missing_words "
+    "found_words missing_capitals found_capitals run contained first_sentence alternative "
+    "trigrams trigrams_new token_f1 precision new_words log_words commas starts_with_gold "
+    "question_words near_question same_sentence capitals_new capitals_before hedges negation "
+    "negation_differs numbers_found number_distance number_extras".split()
+)
+"""Of the features, in order."""
+
+_HEDGES = frozenset("unknown unclear unable unfortunately passage specified mentioned".split())
+_TOPIC = re.compile(r"\s*Topic: .*\n")
+_OR = re.compile(r"\bor\b|/")
+
+
+class Gold(NamedTuple):
+    """A question and its gold answer, prepared.
+
+    Attributes:
+      words: Content words of the gold, all of its words if there are none.
+      weights: Their rarity.
+      new: Whether each counts: those not in the question, or all if there are no others.
+      stems: Of all words of the gold, in order.
+      counts: How often each stem is there.
+      trigrams: Letter trigrams of its new words.
+      numbers: Stems and values of the gold's numbers.
+      acronym: Initials of its capitalised words, if there are two or more.
+      alternatives: Stems on each side of an "or"; empty without one.
+      question: Content stems of the question, with their weights.
+      question_stems: All of its stems.
+      negated: Whether the gold has a negation.
+    """
+
+    words: tuple[Word, ...]
+    weights: tuple[float, ...]
+    new: tuple[bool, ...]
+    stems: tuple[str, ...]
+    counts: Counter[str]
+    trigrams: frozenset[str]
+    numbers: dict[str, float]
+    acronym: str
+    alternatives: tuple[frozenset[str], ...]
+    question: dict[str, float]
+    question_stems: frozenset[str]
+    negated: bool
+
+
+def prepare(question: str, gold: str, rarity: Callable[[str], float]) -> Gold:
+    """Returns what the features need to know of a question and its gold answer.
+
+    Args:
+      question: A `Topic: ...` line before it is left out.
+      gold: The right answer.
+      rarity: Weight of a word as written, in lower case; positive.
+    """
+    asked = _without_ends(_TOPIC.sub("", question, count=1))
+    every = _without_ends(gold)
+    chosen = tuple(word for word in every if not word.stop) or tuple(every)
+    in_question = frozenset(word.stem for word in asked)
+    new = tuple(word.stem not in in_question for word in chosen)
+    if not any(new):
+        new = (True,) * len(chosen)
+    initials = "".join(word.text[0] for word in chosen if word.capital)
+    sides = [frozenset(w.stem for w in _without_ends(s) if not w.stop) for s in _OR.split(gold)]
+    stems = tuple(word.stem for word in every)
+    return Gold(
+        words=chosen,
+        weights=tuple(rarity(word.text) for word in chosen),
+        new=new,
+        stems=stems,
+        counts=Counter(stems),
+        trigrams=_trigrams(word.text for word, counts in zip(chosen, new, strict=True) if counts),
+        numbers={word.stem: word.number for word in every if word.number is not None},
+        acronym=initials if len(initials) > 1 and initials not in in_question else "",
+        alternatives=tuple(side for side in sides if side) if len(sides) > 1 else (),
+        question={word.stem: rarity(word.text) for word in asked if not word.stop},
+        question_stems=in_question,
+        negated=any(word.text in NEGATIONS for word in every),
+    )
+
+
+def features(gold: Gold, answer: str) -> list[float]:
+    """Returns the numbers named by NAMES; zeros if gold or answer has no words."""
+    said = words(answer)
+    stems = [word.stem for word in said]
+    if not gold.words or not any(stems):
+        return [0.0] * len(NAMES)
+    places: dict[str, int] = {}
+    sentence_of: list[int] = []
+    sentence = negated = hedges = 0
+    content: list[tuple[int, Word]] = []
+    for index, word in enumerate(said):
+        sentence_of.append(sentence)
+        if not word.stop:
+            content.append((index, word))
+            places.setdefault(word.stem, index)
+            hedges += word.text in _HEDGES
+        elif word.role == "end":
+            sentence += 1
+        else:
+            places.setdefault(word.stem, index)
+            negated = negated or word.text in NEGATIONS
+
+    total = found_sum = similar_sum = every_sum = opening_sum = 0.0
+    missing_weight = found_weight = 0.0
+    hits = missing = missing_capitals = found_capitals = 0
+    indices = []
+    for word, weight, new, (likeness, place) in zip(
+        gold.words, gold.weights, gold.new, _match(gold, places, content), strict=True
+    ):
+        hit = likeness >= SIMILAR
+        hits += hit
+        every_sum += weight * hit
+        if not new:
+            continue
+        total += weight
+        similar_sum += weight * likeness
+        if hit:
+            found_sum += weight
+            found_weight = max(found_weight, weight)
+            found_capitals += word.capital
+            if place >= 0:
+                indices.append(place)
+                opening_sum += weight * (sentence_of[place] == 0)
+        else:
+            missing += 1
+            missing_weight = max(missing_weight, weight)
+            missing_capitals += word.capital
+
+    fresh = [(i, w) for i, w in content if w.stem not in gold.question_stems]
+    other = [(i, w) for i, w in fresh if w.stem not in gold.counts and w.text != gold.acronym]
+    capitals = [index for index, word in other if word.capital]
+    first = min(indices, default=len(said))
+    run = _longest_run(gold.stems, stems, places)
+    in_answer = Counter(stems)
+    shared = sum(min(n, in_answer[stem]) for stem, n in gold.counts.items() if stem in places)
+    letters = max(len(gold.trigrams), 1)
+    near, same = _question_around(gold, places, indices, sentence_of)
+    return [
+        hits / len(gold.words),
+        found_sum / total,
+        similar_sum / total,
+        every_sum / sum(gold.weights),
+        missing_weight,
+        found_weight,
+        missing,
+        sum(gold.new) - missing,
+        missing_capitals,
+        found_capitals,
+        run / len(gold.stems),
+        run == len(gold.stems),
+        opening_sum / total,
+        max((len(side & places.keys()) / len(side) for side in gold.alternatives), default=-1.0),
+        len(gold.trigrams & _trigrams(word.text for _, word in content)) / letters,
+        len(gold.trigrams & _trigrams(word.text for _, word in fresh)) / letters,
+        2 * shared / (len(gold.stems) + len(said)),
+        (len(fresh) - len(other)) / max(len(fresh), 1),
+        len(fresh),
+        math.log1p(len(said)),
+        answer.count(",") + answer.count(" and ") + answer.count(" or "),
+        stems[0] in gold.counts and stems[0] not in gold.question_stems,
+        sum(stem in places for stem in gold.question) / max(len(gold.question), 1),
+        near,
+        same,
+        len(capitals),
+        sum(index < first for index in capitals),
+        hedges,
+        negated,
+        negated != gold.negated,
+        *_numbers(gold, content),
+    ]
+
+
+def _without_ends(text: str) -> list[Word]:
+    return [word for word in words(text) if word.role != "end"]
+
+
+def _match(
+    gold: Gold, places: dict[str, int], content: list[tuple[int, Word]]
+) -> list[tuple[float, int]]:
+    """Returns how well each word of the gold is found in the answer, and where (-1: nowhere)."""
+    acronym_at = -1
+    if gold.acronym:
+        acronym_at = next((i for i, w in content if w.capital and w.text == gold.acronym), -1)
+    matches = []
+    run_together = ""
+    for word in gold.words:
+        likeness, place = 0.0, places.get(word.stem, -1)
+        if place >= 0:
+            likeness = 1.0
+        elif acronym_at >= 0 and word.capital:
+            likeness, place = 1.0, acronym_at
+        elif word.number is None and len(word.text) >= 4:
+            for index, candidate in content:
+                text = candidate.text
+                if text[0] == word.text[0] and len(text) >= 4:
+                    similar = similarity(word.text, text)
+                    if similar > likeness:
+                        likeness, place = similar, index
+            if likeness < SIMILAR:
+                likeness, place = likeness if likeness >= 0.6 else 0.0, -1
+                if len(word.text) >= 6:  # "Varah Mihira" for Varahamihira
+                    run_together = run_together or "".join(w.text for _, w in content)
+                    likeness = 1.0 if word.text in run_together else likeness
+        matches.append((likeness, place))
+    return matches
+
+
+def _longest_run(gold: tuple[str, ...], said: list[str], places: dict[str, int]) -> int:
+    """Returns the most words of the gold that stand in a row in the answer."""
+    best = 0
+    for start, stem in enumerate(gold):
+        if stem not in places:
+            continue
+        for at in range(places[stem], len(said)):
+            if said[at] == stem:
+                length = 1
+                for one, other in zip(gold[start + 1 :], said[at + 1 :], strict=False):
+                    if one != other:
+                        break
+                    length += 1
+                best = max(best, length)
+    return best
+
+
+def _question_around(
+    gold: Gold, places: dict[str, int], indices: list[int], sentence_of: list[int]
+) -> tuple[float, float]:
+    """Returns the share of the question's words near what was found, and in its sentences."""
+    if not indices:
+        return -1.0, -1.0
+    sentences = {sentence_of[index] for index in indices}
+    near = same = total = 0.0
+    for stem, weight in gold.question.items():
+        total += weight
+        if stem in places:
+            place = places[stem]
+            near += weight * math.exp(-min([abs(place - index) for index in indices]) / 6)
+            same += weight * (sentence_of[place] in sentences)
+    return near / max(total, 1e-9), same / max(total, 1e-9)
+
+
+def _numbers(gold: Gold, content: list[tuple[int, Word]]) -> tuple[float, float, float]:
+    """Returns the share of the gold's numbers found, the distance of the worst, and the others.
+
+    Numbers of the question do not count as others, nor as near ones.
+    """
+    if not gold.numbers:
+        return 1.0, 0.0, -1.0
+    given = {word.stem: word.number for _, word in content if word.number is not None}
+    hits = sum(
+        stem in given or stem.rstrip("s") in given or stem + "s" in given for stem in gold.numbers
+    )
+    new = {stem: value for stem, value in given.items() if stem not in gold.question_stems}
+    distances = [
+        min(
+            (abs(value - other) / max(abs(value), abs(other), 1e-9) for other in new.values()),
+            default=1.0,
+        )
+        for value in gold.numbers.values()
+    ]
+    extras = sum(stem not in gold.numbers for stem in new)
+    return hits / len(gold.numbers), max(distances), min(extras, 5)
+
+
+def _trigrams(texts: Iterable[str]) -> frozenset[str]:
+    return frozenset().union(*[trigrams(text) for text in texts])
