@@ -17,16 +17,12 @@ import safetensors.numpy
 from seal_jax import config as config_lib
 from seal_jax import params as params_lib
 from seal_jax import runtime
+from seal_jax.architecture import read_config, write_config
 from seal_jax.errors import SealError
-from seal_jax.params import ModelConfig, Params, RopeScaling
+from seal_jax.params import ModelConfig, Params
 
 BUILT_IN = {
     name: Path(__file__).parent / "tiny" / "weights" / name for name in ("tiny-world", "tiny-grids")
-}
-_FAMILIES = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "LlamaForCausalLM": "llama",
 }
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
@@ -95,99 +91,6 @@ def load_tokenizer(folder: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise SealError(f"{folder}: the tokenizer files cannot be read: {error}") from error
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """Returns the architecture in config.json, in transformers 4's or 5's spelling.
-
-    Raises:
-      SealError: for another architecture, or a setting that would change the numbers unnoticed.
-    """
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SealError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise SealError(f"{file}: holds no settings")
-    names = raw.get("architectures") or []
-    family = next((_FAMILIES[n] for n in names if n in _FAMILIES), None)
-    if family is None:
-        known = ", ".join(_FAMILIES)
-        raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {known}")
-    _refuse(raw, file)
-    try:
-        d, n = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-        config = ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
-            d_model=d,
-            n_layers=int(raw["num_hidden_layers"]),
-            n_heads=n,
-            n_kv_heads=int(raw.get("num_key_value_heads") or n),
-            d_head=int(raw.get("head_dim") or (128 if family == "qwen3" else d // n)),
-            d_ff=int(raw["intermediate_size"]),
-            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
-            family=family,
-            **_rope(raw, file),
-            **_ends(raw, folder),
-        )
-    except KeyError as error:
-        raise SealError(f"{file}: no key {error.args[0]!r}") from error
-    except (TypeError, ValueError) as error:
-        raise error if isinstance(error, SealError) else SealError(f"{file}: {error}") from error
-    if config.n_heads % config.n_kv_heads:
-        raise SealError(
-            f"{file}: num_attention_heads={n} is no multiple of num_key_value_heads="
-            f"{config.n_kv_heads}"
-        )
-    return config
-
-
-def _refuse(raw: dict[str, Any], file: Path) -> None:
-    """Raises for settings that this implementation does not honour."""
-    harmless: dict[str, tuple[Any, ...]] = {
-        "hidden_act": (None, "silu"),
-        "use_sliding_window": (None, False),
-        "attention_bias": (None, False),
-        "mlp_bias": (None, False),
-        "quantization_config": (None,),
-        "partial_rotary_factor": (None, 1, 1.0),
-    }
-    for key, values in harmless.items():
-        if raw.get(key) not in values:
-            raise SealError(f"{file}: {key}={raw[key]!r} is not supported")
-    if "sliding_attention" in (raw.get("layer_types") or []):
-        raise SealError(f"{file}: layer_types has sliding_attention, which is not supported")
-
-
-def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    new = raw.get("rope_parameters") or {}
-    scaling = new or raw.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = float(new.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        raise SealError(f"{file}: rope type {kind!r} is not supported (default, llama3)")
-    values = {name: scaling[name] for name in RopeScaling._fields}
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**values)}
-
-
-def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns the ids that end a generation; generation_config.json knows best."""
-    generation = folder / "generation_config.json"
-    try:
-        better = json.loads(generation.read_text()) if generation.is_file() else {}
-    except ValueError as error:
-        raise SealError(f"{generation}: not readable as JSON: {error}") from error
-    ends: list[int] = []
-    for source in (better, raw):
-        value = source.get("eos_token_id")
-        ends += value if isinstance(value, list) else [] if value is None else [value]
-    return {"eos_ids": tuple(dict.fromkeys(ends)), "bos_id": raw.get("bos_token_id")}
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -337,29 +240,3 @@ def _copy_metadata(lm: LM, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(write_config(lm.config, lm.params), indent=2))
     if lm.tokenizer is not None:
         lm.tokenizer.save_pretrained(folder)
-
-
-def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:
-    """Returns config.json in transformers 4's spelling, which version 5 reads as well."""
-    name = next(k for k, v in _FAMILIES.items() if v == config.family)
-    scaling = config.rope_scaling
-    return {
-        "architectures": [name],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.d_head,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling._asdict()},
-        "tie_word_embeddings": config.tied,
-        "torch_dtype": str(params.embed.dtype),
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
-        "bos_token_id": config.bos_id,
-    }

@@ -11,13 +11,15 @@ import numpy as np
 
 from seal_jax import batching, lora, optim
 from seal_jax import config as config_lib
-from seal_jax.batching import Batch, Slots
+from seal_jax import slots as slots_lib
+from seal_jax.batching import Batch
 from seal_jax.lora import Adapter
 from seal_jax.optim import Measures
 from seal_jax.params import Params
+from seal_jax.slots import Slots
 
 # One candidate's Slots, as vmap sees them: arrays without a candidate axis are shared.
-_AXES = {name: None if name in batching.SHARED else 0 for name in Slots.__dataclass_fields__}
+_AXES = {name: None if name in slots_lib.SHARED else 0 for name in Slots.__dataclass_fields__}
 
 
 def fit(
@@ -122,7 +124,7 @@ def chunk_size(settings: config_lib.Inner) -> int:
 
 
 def adapt_chunk(
-    params: Params, batch: Batch, chunk: batching.Chunk, key: jax.Array, lora_settings
+    params: Params, batch: Batch, chunk: slots_lib.Chunk, key: jax.Array, lora_settings
 ) -> tuple[Adapter, np.ndarray]:
     """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included."""
     ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
@@ -159,7 +161,7 @@ def adapt_many(
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
     """
     adapters, losses, places = [], [], []
-    for chunk in batching.arrange(batch, chunk_size(batch.settings), key):
+    for chunk in slots_lib.arrange(batch, chunk_size(batch.settings), key):
         some, loss = adapt_chunk(params, batch, chunk, key, cfg.lora)
         real = np.flatnonzero(chunk.index >= 0)
         adapters.append(lora.take(some, real))

@@ -16,6 +16,7 @@ import numpy as np
 
 from seal_jax import batching, inner, lora, optim, progress, rewards, runs, sampling, state, stats
 from seal_jax import config as config_lib
+from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config, Sft
@@ -86,13 +87,13 @@ def finetune(
     texts = tuple(batching.tokenize(edit, lm.tokenizer, rewards.eos(lm), loop))
     one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
     batch = batching.Batch((one,), loop, rewards.eos(lm))
-    (chunk,) = batching.arrange(batch, 1, key)
+    (chunk,) = slots_lib.arrange(batch, 1, key)
     slots = chunk.slots
     slots = slots.replace(
         **{
             name: jax.tree.map(lambda x: x[0], getattr(slots, name))
-            for name in batching.Slots.__dataclass_fields__
-            if name not in batching.SHARED
+            for name in slots_lib.Slots.__dataclass_fields__
+            if name not in slots_lib.SHARED
         }
     )
     remat = jax.default_backend() != "cpu"

@@ -8,6 +8,7 @@ import numpy as np
 
 from seal_jax import batching, inner, sampling
 from seal_jax import config as config_lib
+from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
@@ -161,7 +162,7 @@ class Efficiency(NamedTuple):
     useful: int = 0
     processed: int = 0
 
-    def plus(self, chunk: batching.Chunk) -> "Efficiency":
+    def plus(self, chunk: slots_lib.Chunk) -> "Efficiency":
         return Efficiency(self.useful + chunk.useful, self.processed + chunk.processed)
 
 
@@ -184,7 +185,7 @@ def evaluate(
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
     longest = _longest_question(lm, task, [edit.context for edit in edits])
-    for chunk in batching.arrange(batch, inner.chunk_size(cfg.inner), key):
+    for chunk in slots_lib.arrange(batch, inner.chunk_size(cfg.inner), key):
         places = [int(i) for i in chunk.index if i >= 0]
         if done(places):
             continue

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, decoding, lora
+from seal_jax import decoding, lora
+from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.lora import Adapter
@@ -68,7 +69,7 @@ def decode(
         ids = [[next(numbers) for _ in rows] for rows in prompts]
     room = next((r for r in _ROOM if r >= max_tokens), max_tokens)
     longest = max((len(p) for rows in prompts for p in rows), default=1)
-    t = batching.round_up(max(longest, pad_to))
+    t = slots_lib.round_up(max(longest, pad_to))
     kind = "cpu" if jax.default_backend() == "cpu" else "other"
     rows_at_once = max(1, (chunk or _ROWS[kind]) // samples)
     results = [[[] for _ in rows] for rows in prompts]

@@ -10,13 +10,14 @@ import shared_data
 import toys
 
 from seal_jax import batching
+from seal_jax import slots as slots_lib
 from seal_jax.config import Inner
 from seal_jax.tasks import Edit, Example, squad
 
 KEY = jax.random.key(5)
 
 
-def visits(chunk: batching.Chunk, at: int) -> list[list[list[tuple]]]:
+def visits(chunk: slots_lib.Chunk, at: int) -> list[list[list[tuple]]]:
     """Returns, for each step a candidate takes, its rows, each a list of (tokens, weights)."""
     slots, steps = chunk.slots, []
     for i in np.flatnonzero(slots.active_ci[at]):
@@ -44,7 +45,7 @@ def visits(chunk: batching.Chunk, at: int) -> list[list[list[tuple]]]:
 def all_visits(batch: batching.Batch, chunk: int) -> dict[int, list]:
     """Returns the steps of every candidate of a batch, by its place."""
     found = {}
-    for part in batching.arrange(batch, chunk, KEY):
+    for part in slots_lib.arrange(batch, chunk, KEY):
         for at, index in enumerate(part.index):
             if index >= 0:
                 found[int(index)] = visits(part, at)
@@ -90,7 +91,7 @@ def test_the_order_is_drawn_anew_in_each_epoch_and_from_the_key_alone():
     written = ";".join(toys.text(10 + n, n) for n in range(6)) + ";epochs=4"
     batch = toys.batch([written])
     order = lambda key: [
-        len(step[0][0][0]) for step in visits(next(batching.arrange(batch, 0, key)), 0)
+        len(step[0][0][0]) for step in visits(next(slots_lib.arrange(batch, 0, key)), 0)
     ]
     assert order(KEY) == order(KEY) != order(jax.random.key(6))
     epochs = [tuple(order(KEY)[i : i + 6]) for i in range(0, 24, 6)]
@@ -99,7 +100,7 @@ def test_the_order_is_drawn_anew_in_each_epoch_and_from_the_key_alone():
 
 def test_chunks_of_one_call_share_one_shape_and_fill_up():
     batch = toys.batch(WRITTEN)
-    chunks = list(batching.arrange(batch, 2, KEY))
+    chunks = list(slots_lib.arrange(batch, 2, KEY))
     shapes = {str(jax.tree.map(lambda x: (x.shape, x.dtype), chunk.slots)) for chunk in chunks}
     assert len(chunks) == 3 and len(shapes) == 1
     places = np.concatenate([chunk.index for chunk in chunks])
@@ -108,7 +109,7 @@ def test_chunks_of_one_call_share_one_shape_and_fill_up():
 
 def test_useful_and_processed_tokens_are_counted():
     batch = toys.batch(WRITTEN)
-    for chunk in batching.arrange(batch, 2, KEY):
+    for chunk in slots_lib.arrange(batch, 2, KEY):
         slots = chunk.slots
         seen = [step for at in range(2) for step in visits(chunk, at)]
         assert chunk.useful == sum(len(t) for step in seen for row in step for t, _ in row)
@@ -118,7 +119,7 @@ def test_useful_and_processed_tokens_are_counted():
 
 def test_no_step_is_run_in_which_nobody_is_active():
     written = [toys.text(5, 0) + ";epochs=9", "1 2 3;4 5 6;7 8 9;epochs=2"]
-    chunk = next(batching.arrange(toys.batch(written), 0, KEY))
+    chunk = next(slots_lib.arrange(toys.batch(written), 0, KEY))
     assert chunk.slots.visits == 3 + 3 + 7  # two epochs of three texts, then seven of one
     assert chunk.slots.active_ci.any(0).all()
 
@@ -179,7 +180,7 @@ def test_pad_loss_trains_on_the_padding_as_the_reference_does():
     (text,) = toys.batch(["4 5 6"], settings).candidates[0].texts
     assert text.tokens.tolist() == [4, 5, 6] + [toys.EOS] * 3
     assert text.weights.tolist() == [1] * 6 and text.real == 3
-    chunk = next(batching.arrange(toys.batch(["4 5 6"], settings), 0, KEY))
+    chunk = next(slots_lib.arrange(toys.batch(["4 5 6"], settings), 0, KEY))
     assert chunk.slots.segments[0][0, 0, 0].tolist() == [1, 1, 1, -1, -1, -1] + [0] * 10
     (text,) = toys.batch(["4 5 6 7 8 9 10"], settings).candidates[0].texts
     assert text.tokens.tolist() == [4, 5, 6, 7, 8, 9] and text.real == 6
@@ -194,8 +195,8 @@ def test_buckets_waste_the_least_that_few_lengths_can():
     for _ in range(20):
         lengths = rng.integers(1, 300, rng.integers(1, 12)).tolist()
         for most in (1, 2, 4):
-            found = batching.buckets(lengths, most)
-            grid = sorted({batching.round_up(x) for x in lengths})
+            found = slots_lib.buckets(lengths, most=most)
+            grid = sorted({slots_lib.round_up(x) for x in lengths})
             best = min(
                 _padded(lengths, (*some, grid[-1]))
                 for k in range(min(most, len(grid)))
@@ -206,7 +207,7 @@ def test_buckets_waste_the_least_that_few_lengths_can():
 
 @pytest.mark.parametrize("length", [1, 16, 17, 768, 769, 5000])
 def test_a_bucket_holds_what_it_is_for(length):
-    assert length <= batching.round_up(length) <= max(24, 1.35 * length)
+    assert length <= slots_lib.round_up(length) <= max(24, 1.35 * length)
 
 
 def test_real_self_edits_waste_few_tokens():
@@ -229,9 +230,15 @@ def test_real_self_edits_waste_few_tokens():
     batch = batching.Batch(tuple(candidates), settings, 0)
     share = {}
     for chunk in (1, 4, 16):
-        parts = list(batching.arrange(batch, chunk, KEY))
+        parts = list(slots_lib.arrange(batch, chunk, KEY))
         useful, processed = (sum(getattr(x, n) for x in parts) for n in ("useful", "processed"))
         share[chunk] = useful / processed
     assert share[1] > 0.65, share  # what four buckets cost
     assert share[4] > 0.55, share  # and unequal company
     assert share[16] > 0.35, share
+
+
+def test_a_bucket_must_save_more_than_it_costs_to_compile():
+    lengths = [20] * 10 + [200]
+    assert len(slots_lib.buckets(lengths, visits=1)) == 1
+    assert len(slots_lib.buckets(lengths, visits=1000)) == 2

@@ -11,9 +11,10 @@ import provenance
 import pytest
 import toys
 
-from seal_jax import batching, inner, lora, optim
-from seal_jax.batching import Slots
+from seal_jax import inner, lora, optim
+from seal_jax import slots as slots_lib
 from seal_jax.config import Config, Inner, Lora
+from seal_jax.slots import Slots
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -63,10 +64,10 @@ def unlike(one: lora.Adapter, other: lora.Adapter) -> float:
 
 def test_vmap_equals_one_candidate_at_a_time(params, fresh, together):
     adapters, losses = together
-    chunk = next(batching.arrange(toys.batch(WRITTEN, SETTINGS), 5, KEY))
+    chunk = next(slots_lib.arrange(toys.batch(WRITTEN, SETTINGS), 5, KEY))
     one = jax.jit(functools.partial(inner.adapt, settings=inner.loop_settings(SETTINGS)))
     for at, index in enumerate(chunk.index):
-        axes = {name: None if name in batching.SHARED else at for name in inner._AXES}
+        axes = {name: None if name in slots_lib.SHARED else at for name in inner._AXES}
         alone = Slots(
             **{
                 name: jax.tree.map(lambda x, a=axis: x if a is None else x[a], value)
@@ -124,7 +125,7 @@ def test_a_neighbour_is_untouched_to_the_last_bit(params, together, change, fini
 
 def test_each_candidate_follows_its_own_schedule(params, fresh):
     batch = toys.batch(WRITTEN, SETTINGS)
-    chunk = next(batching.arrange(batch, 5, KEY))
+    chunk = next(slots_lib.arrange(batch, 5, KEY))
     settings = inner.loop_settings(SETTINGS)
     start = lora.take(fresh, list(chunk.index))
     _, measures = inner.adapt_slots(params, start, chunk.slots, settings=settings, remat=False)
@@ -161,7 +162,7 @@ def test_a_second_call_of_the_same_shape_compiles_nothing(params, together):
 def test_the_base_weights_never_gain_a_candidate_axis(params):
     c = 5  # no dimension of the toy model is 5
     batch = toys.batch(WRITTEN, SETTINGS)
-    chunk = next(batching.arrange(batch, c, KEY))
+    chunk = next(slots_lib.arrange(batch, c, KEY))
     settings, config = inner.loop_settings(SETTINGS), params.config
     adapters = jax.vmap(lambda key: lora.init(config, CFG.lora, key))(jax.random.split(KEY, c))
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]

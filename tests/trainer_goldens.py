@@ -13,8 +13,8 @@ import safetensors.numpy
 import shared_data
 
 from seal_jax import checkpoint, inner, lora, model, peft
-from seal_jax.batching import Slots
 from seal_jax.config import Config, Inner, Model
+from seal_jax.slots import Slots
 
 _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
