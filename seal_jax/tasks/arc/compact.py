@@ -1,0 +1,116 @@
+"""Text of ARC for tiny models: words with spaces between, one token each, one word a cell.
+
+A grid is its height, its width, and its rows, each opened by its number: `h2 w3 r1 . a . r2 a a a`.
+Colours are `.` and `a` to `i`, no digits, so that learning to write numbers in a self-edit leaves
+what the model knows of grids alone. Row numbers say where a row is, whatever the width; the column
+is the distance from the row's number, which is what rotary positions see. A pair is
+`I grid O grid`; `E` asks for a self-edit, written as JSON with a space after each token.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from seal_jax.tasks.arc.edits import ArcEdit
+from seal_jax.tasks.arc.grids import COLOURS, MAX_SIDE, Grid
+from seal_jax.tasks.arc.tasks import ArcTask, Pair
+
+CELLS = (".", *"abcdefghi")
+INPUT, OUTPUT, EDIT = "I", "O", "E"
+RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (1, 2, 3, 5, 8))
+"""Learning rates that are words."""
+EPOCHS = tuple(str(n) for n in range(1, 9))
+_KEYS = (
+    "data_generation",
+    *(f"use_{name}_augmentations" for name in ("basic", "size", "chain", "repeat")),
+    "training",
+    "strategy",
+    "learning_rate",
+    "num_train_epochs",
+    "train_using_all_tokens",
+    "train_using_output_tokens",
+)
+JSON_WORDS = ("{", "}", ":", ",", *(f'"{key}"' for key in _KEYS), "true", "false")
+SIDES = tuple(f"{letter}{n}" for letter in "hwr" for n in range(1, MAX_SIDE + 1))
+WORDS = (INPUT, OUTPUT, EDIT, *CELLS, *SIDES, *JSON_WORDS, *RATES, *EPOCHS)
+"""Every word a text may have, in the order of their token ids."""
+
+_COLOUR = {word: colour for colour, word in enumerate(CELLS)}
+_JSON = re.compile(r'"[a-z_]*"|[{}:,]|[^\s{}:,"]+')
+
+
+def grid_words(grid: Grid) -> list[str]:
+    """Returns the words of a grid."""
+    words = [f"h{grid.shape[0]}", f"w{grid.shape[1]}"]
+    for number, row in enumerate(grid.tolist(), 1):
+        words += [f"r{number}", *(CELLS[cell] for cell in row)]
+    return words
+
+
+def pair_words(pair: Pair) -> list[str]:
+    """Returns the words of an input and its output."""
+    assert pair.output is not None
+    return [INPUT, *grid_words(pair.input), OUTPUT, *grid_words(pair.output)]
+
+
+def demonstrations(task: ArcTask) -> list[str]:
+    """Returns the words of a task's demonstrations."""
+    return [word for pair in task.train for word in pair_words(pair)]
+
+
+def render(task: ArcTask) -> tuple[str, str]:
+    """Returns the prompt that ends where the answer begins, and the answer (empty if unknown)."""
+    question = [*demonstrations(task), INPUT, *grid_words(task.test.input), OUTPUT]
+    answer = [] if task.test.output is None else grid_words(task.test.output)
+    return " ".join(question), " ".join(answer)
+
+
+def self_edit_prompt(task: ArcTask) -> str:
+    """Returns the demonstrations and the word that asks for a self-edit."""
+    return " ".join([*demonstrations(task), EDIT])
+
+
+def count_tokens(task: ArcTask) -> int:
+    """Returns how many words a task's prompt and answer have."""
+    return sum(text.count(" ") + 1 for text in render(task) if text)
+
+
+def edit_text(edit: ArcEdit) -> str:
+    """Returns a self-edit as JSON in words; its rate and epochs should be words of the list."""
+    tree = edit.model_dump()
+    rate = tree["training"].pop("learning_rate")
+    digits, _, power = f"{rate:.0e}".partition("e")
+    epochs = tree["training"].pop("num_train_epochs")
+    body = json.dumps(tree)[:-2]  # leaves the inner object open
+    body += f', "learning_rate": {digits}e{int(power)}, "num_train_epochs": {epochs}}}}}'
+    return " ".join(_JSON.findall(body))
+
+
+def parse_grid(text: object) -> Grid | None:
+    """Returns the grid in a model's reply, or None where it is not exactly one grid."""
+    if not isinstance(text, str) or len(text) > 8192:
+        return None
+    words = text.split()
+    if len(words) < 4:
+        return None
+    rows, columns = _side(words[0], "h"), _side(words[1], "w")
+    body = words[2:]
+    if not rows or not columns or len(body) != rows * (columns + 1):
+        return None
+    lines: list[Sequence[str]] = [
+        body[i : i + columns + 1] for i in range(0, len(body), columns + 1)
+    ]
+    for number, line in enumerate(lines, 1):
+        if line[0] != f"r{number}" or not all(word in _COLOUR for word in line[1:]):
+            return None
+    return np.array([[_COLOUR[word] for word in line[1:]] for line in lines], np.int8)
+
+
+def _side(word: str, letter: str) -> int:
+    """Returns the number in a word such as `h3`, or 0 for any other word."""
+    return int(word[1:]) if word in SIDES and word.startswith(letter) else 0
+
+
+assert len(_COLOUR) == COLOURS

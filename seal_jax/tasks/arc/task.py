@@ -1,0 +1,193 @@
+"""ARC as a task of the loops: contexts are puzzles, self-edits configure test-time training."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task
+from seal_jax.tasks.arc import compact, edits, generate, grids, predict, prompts, tasks, vote
+from seal_jax.tasks.arc.grids import Grid
+from seal_jax.tasks.arc.predict import Query
+from seal_jax.tasks.arc.tasks import ArcTask
+
+Puzzles = Mapping[str, tuple[ArcTask, ...]]
+
+
+class Format(NamedTuple):
+    """How grids are written for a model, and read from its replies."""
+
+    render: Callable[[ArcTask], tuple[str, str]]
+    self_edit_prompt: Callable[[ArcTask], str]
+    parse: Callable[[str], Grid | None]
+    count_tokens: Callable[[ArcTask], int]
+
+
+def task(settings: config_lib.Task) -> Task:
+    """Returns the task in Kaggle's files `task.path` and `task.arc.solutions`.
+
+    Raises:
+      SealError: names the file, or the puzzle without a solution.
+    """
+    if settings.path is None:
+        raise SealError("task.path: give the file with ARC challenges")
+    puzzles = list(read(settings.path, settings.arc.solutions, settings.order_seed).items())
+    size = settings.size or len(puzzles)
+    if settings.held_out is None:
+        rest: Puzzles = dict(puzzles[size:])
+    else:
+        others = read(settings.held_out, settings.arc.held_out_solutions, settings.order_seed)
+        rest = {key: group for key, group in others.items() if key not in dict(puzzles[:size])}
+        if not rest:
+            raise SealError(f"{settings.held_out}: every puzzle in it is also trained on")
+    return make(dict(puzzles[:size]), settings, held_out=rest)
+
+
+def read(path: str, solutions: str | None, order_seed: int | None) -> Puzzles:
+    """Returns the puzzles of a file by id, all with solutions, in file order or shuffled."""
+    found = tasks.load(path, solutions)
+    for one in found:
+        if one.test.output is None:
+            where = "task.arc.solutions" if solutions is None else solutions
+            raise SealError(f"{path}: task {one.name} has no solution; see {where}")
+    return tasks.puzzles(found if order_seed is None else tasks.shuffled(found, order_seed))
+
+
+def make(
+    puzzles: Puzzles,
+    settings: config_lib.Task,
+    *,
+    held_out: Puzzles | None = None,
+    references: Mapping[str, Callable[[Context], str]] | None = None,
+    name: str = "arc",
+) -> Task:
+    """Returns the task of given puzzles: by id, one ArcTask for each test input."""
+    arc = settings.arc
+    form = _form(arc)
+
+    def rng(context: Context, purpose: str) -> np.random.RandomState:
+        if arc.reference_quirks:
+            return np.random.RandomState(settings.seed)
+        return np.random.RandomState(_hash(settings.seed, context.id, purpose))
+
+    def asked(context: Context) -> list[list[Query]]:
+        draws = rng(context, "questions")
+        return [
+            predict.queries(
+                one,
+                draws,
+                permute=arc.permutations,
+                max_tokens=arc.max_tokens,
+                count_tokens=form.count_tokens,
+                reference_quirks=arc.reference_quirks,
+            )
+            for one in context.data
+        ]
+
+    def prompt(context: Context) -> str:
+        return form.self_edit_prompt(context.data[0])
+
+    def edit(context: Context, text: str) -> Edit:
+        parsed = edits.parse_self_edit(text)
+        shown = generate.augmented_tasks(
+            context.data[0],
+            parsed,
+            rng(context, "examples"),
+            max_examples=arc.max_examples,
+            max_tokens=arc.max_tokens,
+            count_tokens=form.count_tokens,
+            reference_quirks=arc.reference_quirks,
+        )
+        pairs = (form.render(one) for one in shown)
+        return Edit(
+            examples=tuple(
+                Example(prompt=question, completion=answer) for question, answer in pairs
+            ),
+            learning_rate=parsed.training.learning_rate,
+            epochs=parsed.training.num_train_epochs,
+            loss_on=parsed.loss_on,
+        )
+
+    def questions(context: Context) -> list[Question]:
+        return [
+            Question(
+                *form.render(query.task), text=f"{query.task.name} {query.inverter or ''}".strip()
+            )
+            for group in asked(context)
+            for query in group
+        ]
+
+    def grade(context: Context, answers: list[str]) -> Grade:
+        groups = asked(context)
+        if len(answers) != sum(map(len, groups)):
+            raise SealError(f"{name}: {context.id} has {sum(map(len, groups))} questions")
+        rest = iter(answers)
+        solved, verdicts = [], []
+        for one, group in zip(context.data, groups, strict=True):
+            found = predict.predictions(group, [next(rest) for _ in group], form.parse)
+            right = [p is not None and grids.same(p.grid, one.test.output) for p in found]
+            attempts = vote.vote([p for p in found if p is not None])
+            solved.append(any(grids.same(grid, one.test.output) for grid in attempts))
+            verdicts += right
+        return Grade(float(all(solved)), tuple(verdicts))
+
+    return Task(
+        contexts=_contexts(puzzles),
+        prompt=prompt,
+        edit=edit,
+        questions=questions,
+        grade=grade,
+        held_out=_contexts(held_out or {}),
+        references={"fixed": lambda context: fixed(arc.format)}
+        if references is None
+        else references,
+        name=name,
+    )
+
+
+def fixed(form: str) -> str:
+    """Returns the self-edit of a fixed configuration, the same for every puzzle."""
+    if form == "compact":
+        return compact.edit_text(edits.make(basic=True, learning_rate=5e-3, epochs=2))
+    return edits.text(edits.make(basic=True, size=True, learning_rate=1e-4, epochs=2))
+
+
+def _contexts(puzzles: Puzzles) -> tuple[Context, ...]:
+    return tuple(Context(id=key, title=key, data=group) for key, group in puzzles.items())
+
+
+def _form(arc: config_lib.Arc) -> Format:
+    if arc.format == "compact":
+        return Format(
+            compact.render, compact.self_edit_prompt, compact.parse_grid, compact.count_tokens
+        )
+    if arc.reference_quirks:
+        return Format(
+            _as_reference, prompts.self_edit_prompt, grids.decode_as_reference, prompts.count_tokens
+        )
+    return Format(_one_bos, _one_bos_edit, grids.parse_grid, prompts.count_tokens)
+
+
+def _one_bos(task: ArcTask) -> tuple[str, str]:
+    """Returns prompt and answer; a Llama tokenizer writes the BOS."""
+    prompt, answer = prompts.render(task)
+    return prompt.removeprefix(prompts.BOS), answer
+
+
+def _one_bos_edit(task: ArcTask) -> str:
+    return prompts.self_edit_prompt(task).removeprefix(prompts.BOS)
+
+
+def _as_reference(task: ArcTask) -> tuple[str, str]:
+    """Returns prompt and answer as the reference trains on them: ready for yet another answer."""
+    prompt, answer = prompts.render(task)
+    return prompt, answer + prompts.EOT + prompts.ASSISTANT if answer else ""
+
+
+def _hash(*parts: object) -> int:
+    """Returns a seed that depends on the parts alone, in every process."""
+    return int(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8], 16)
