@@ -6,7 +6,7 @@ from seal_jax.tasks.arc.grids import parse_grid
 from seal_jax.tasks.arc.prompts import render, self_edit_prompt
 from seal_jax.tasks.arc.submission import score
 from seal_jax.tasks.arc.tasks import ArcTask, load
-from seal_jax.tasks.arc.vote import vote
+from seal_jax.tasks.arc.voting import vote
 
 __all__ = [
     "ArcEdit",

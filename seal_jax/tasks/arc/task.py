@@ -10,7 +10,7 @@ import numpy as np
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task
-from seal_jax.tasks.arc import compact, edits, generate, grids, predict, prompts, tasks, vote
+from seal_jax.tasks.arc import compact, edits, generate, grids, predict, prompts, tasks, voting
 from seal_jax.tasks.arc.grids import Grid
 from seal_jax.tasks.arc.predict import Query
 from seal_jax.tasks.arc.tasks import ArcTask
@@ -130,7 +130,7 @@ def make(
         for one, group in zip(context.data, groups, strict=True):
             found = predict.predictions(group, [next(rest) for _ in group], form.parse)
             right = [p is not None and grids.same(p.grid, one.test.output) for p in found]
-            attempts = vote.vote([p for p in found if p is not None])
+            attempts = voting.vote([p for p in found if p is not None])
             solved.append(any(grids.same(grid, one.test.output) for grid in attempts))
             verdicts += right
         return Grade(float(all(solved)), tuple(verdicts))

@@ -82,7 +82,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def code(task: ArcTask) -> str:
     """Returns a task as one line of text; equal tasks have equal codes."""
-    return "|".join(map(_pair_code, task.train)) + "||" + _pair_code(task.test)
+    return "|".join(map(pair_code, task.train)) + "||" + pair_code(task.test)
 
 
 def decode(text: str) -> ArcTask:
@@ -96,7 +96,10 @@ def decode(text: str) -> ArcTask:
 
 def unique(tasks: Sequence[ArcTask]) -> list[ArcTask]:
     """Returns the tasks without duplicates, in the order in which they were first seen."""
-    return list({code(task): task for task in reversed(tasks)}.values())[::-1]
+    first: dict[str, ArcTask] = {}
+    for task in tasks:
+        first.setdefault(code(task), task)
+    return list(first.values())
 
 
 def shuffled(tasks: Sequence[ArcTask], seed: int, count: int | None = None) -> list[ArcTask]:
@@ -147,7 +150,8 @@ def on_pairs(task: ArcTask, change: Callable[[Pair], Pair]) -> ArcTask:
     return replace(task, train=tuple(map(change, task.train)), test=change(task.test))
 
 
-def _pair_code(pair: Pair) -> str:
+def pair_code(pair: Pair) -> str:
+    """Returns an input and output as they stand in a task's code."""
     output = pair.input if pair.output is None else pair.output
     return f"{grids.code(pair.input)}>{grids.code(output)}"
 
