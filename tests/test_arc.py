@@ -249,8 +249,8 @@ def test_compact_texts_are_read_back(tmp_path):
     assert made.grade(made.contexts[0], golds).reward == 1.0
     edit = made.edit(made.contexts[0], made.references["fixed"](made.contexts[0]))
     words = " ".join(example.prompt + " " + example.completion for example in edit.examples).split()
-    assert set(words) <= set(compact.WORDS)
-    assert set(made.prompt(made.contexts[0]).split()) <= set(compact.WORDS)
+    assert set(words) <= {*compact.WORDS, compact.END}
+    assert set(made.prompt(made.contexts[0]).split()) <= {*compact.WORDS, compact.END}
 
 
 SCRIPT = """

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from seal_jax.tasks.arc import compact
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+PAD, EOS, UNKNOWN = "<pad>", compact.END, "<unk>"
 VOCABULARY = (PAD, EOS, UNKNOWN, *compact.WORDS)
 IDS = {word: number for number, word in enumerate(VOCABULARY)}
 

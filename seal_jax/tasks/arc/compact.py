@@ -4,7 +4,8 @@ A grid is its height, its width, and its rows, each opened by its number: `h2 w3
 Colours are `.` and `a` to `i`, no digits, so that learning to write numbers in a self-edit leaves
 what the model knows of grids alone. Row numbers say where a row is, whatever the width; the column
 is the distance from the row's number, which is what rotary positions see. A pair is
-`I grid O grid`; `E` asks for a self-edit, written as JSON with a space after each token.
+`I grid O grid <eos>`: an answer ends alike whether a demonstration or a reply. `E` asks for a
+self-edit, written as JSON with a space after each token.
 """
 
 import json
@@ -19,6 +20,8 @@ from seal_jax.tasks.arc.tasks import ArcTask, Pair
 
 CELLS = (".", *"abcdefghi")
 INPUT, OUTPUT, EDIT = "I", "O", "E"
+END = "<eos>"
+"""Ends a generated text too; it is a special token, so no list of words has it."""
 RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (1, 2, 3, 5, 8))
 """Learning rates that are words."""
 EPOCHS = tuple(str(n) for n in range(1, 9))
@@ -49,22 +52,21 @@ def grid_words(grid: Grid) -> list[str]:
     return words
 
 
-def pair_words(pair: Pair) -> list[str]:
-    """Returns the words of an input and its output."""
-    assert pair.output is not None
-    return [INPUT, *grid_words(pair.input), OUTPUT, *grid_words(pair.output)]
+def pair_words(pair: Pair) -> tuple[list[str], list[str]]:
+    """Returns the words that ask for an output, and those of the output with its end."""
+    answer = [] if pair.output is None else [*grid_words(pair.output), END]
+    return [INPUT, *grid_words(pair.input), OUTPUT], answer
 
 
 def demonstrations(task: ArcTask) -> list[str]:
     """Returns the words of a task's demonstrations."""
-    return [word for pair in task.train for word in pair_words(pair)]
+    return [word for pair in task.train for part in pair_words(pair) for word in part]
 
 
 def render(task: ArcTask) -> tuple[str, str]:
     """Returns the prompt that ends where the answer begins, and the answer (empty if unknown)."""
-    question = [*demonstrations(task), INPUT, *grid_words(task.test.input), OUTPUT]
-    answer = [] if task.test.output is None else grid_words(task.test.output)
-    return " ".join(question), " ".join(answer)
+    asked, answer = pair_words(task.test)
+    return " ".join([*demonstrations(task), *asked]), " ".join(answer[:-1])
 
 
 def self_edit_prompt(task: ArcTask) -> str:

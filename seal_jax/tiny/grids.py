@@ -1,0 +1,172 @@
+"""Tiny grids: few-shot tasks from procedural rules, and sequences for a tiny model to learn from.
+
+Everything is drawn from a seed. Rule families of the RL tasks and of the held-out tasks are in no
+pretraining sequence; the two kinds share none either.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from seal_jax import config as config_lib
+from seal_jax.tasks import Context, Task
+from seal_jax.tasks.arc import compact, edits
+from seal_jax.tasks.arc import task as arc_task
+from seal_jax.tasks.arc.grids import Grid
+from seal_jax.tasks.arc.tasks import ArcTask, Pair
+from seal_jax.tiny import grid_tokens, rules
+from seal_jax.tiny.rules import Family, Rng
+
+DEMONSTRATIONS = 3
+TRAIN_TASKS, HELD_OUT_TASKS = 12, 28
+OUTPUT_WEIGHT, FIRST_OUTPUT_WEIGHT, INPUT_WEIGHT, EDIT_WEIGHT = 1.0, 0.3, 0.05, 0.5
+"""Weights in the loss of pretraining; nothing tells the first output, so it counts less."""
+MALFORMED = 0.06
+"""Share of self-edits that are no valid JSON of the schema."""
+
+
+def make_task(
+    family: Family, rng: Rng, shape: tuple[int, int], pairs: int = DEMONSTRATIONS + 1
+) -> tuple[Pair, ...]:
+    """Returns pairs that follow one rule of a family; the last shows no new colour.
+
+    Inputs differ from each other, and at least half of the outputs from their inputs.
+    """
+    while True:
+        palette = [0, *(1 + rng.permutation(9)[: rng.integers(2, 4)]).tolist()]
+        rule = family.draw(rng, shape, palette)
+        black = rng.uniform(0.3, 0.6) if family.black else rng.uniform(0.1, 0.5)
+        vary = not family.fixed and rng.random() < 0.1
+        made: list[Pair] = []
+        for _ in range(pairs):
+            size = tuple(rng.permutation(shape).tolist()) if vary else shape
+            grid = _input(rng, size, palette, black)
+            made.append(Pair(grid, np.ascontiguousarray(rule(grid), np.int8)))
+        if _good(made):
+            return tuple(made)
+
+
+def _input(rng: Rng, shape: tuple[int, ...], palette: list[int], black: float) -> Grid:
+    colours = rng.choice(palette[1:], shape)
+    return np.where(rng.random(shape) < black, 0, colours).astype(np.int8)
+
+
+def _good(pairs: list[Pair]) -> bool:
+    seen = set().union(*(np.unique(pair.input).tolist() for pair in pairs[:-1]))
+    changed = sum(not np.array_equal(*pair) for pair in pairs)
+    inputs = {(pair.input.shape, pair.input.tobytes()) for pair in pairs}
+    return (
+        set(np.unique(pairs[-1].input).tolist()) <= seen
+        and not np.array_equal(*pairs[-1])
+        and 2 * changed >= len(pairs)
+        and len(inputs) == len(pairs)
+    )
+
+
+def shape(rng: Rng, large: float) -> tuple[int, int]:
+    """Returns 3 by 3, or with probability `large` any shape of sides 3 to 6 but that."""
+    if rng.random() >= large:
+        return 3, 3
+    sides = [size for size in itertools.product(range(3, 7), repeat=2) if size != (3, 3)]
+    height, width = sides[rng.integers(len(sides))]
+    return height, width
+
+
+def puzzles(split: str, count: int, seed: int = 0, large: float = 0.15) -> arc_task.Puzzles:
+    """Returns tasks of a split by id, its families in turn, so that each is there equally often."""
+    families = rules.SPLITS[split]
+    made: dict[str, tuple[ArcTask, ...]] = {}
+    for i, name in zip(range(count), itertools.cycle(families), strict=False):
+        key = f"{name}-{seed}-{i}"
+        rng = _rng("task", split, seed, i)
+        *train, test = make_task(families[name], rng, shape(rng, large))
+        made[key] = (ArcTask(tuple(train), test, key),)
+    return made
+
+
+def task(settings: config_lib.Task) -> Task:
+    """Returns the tiny grids as a task: `size` puzzles to train on, others held out."""
+    compact_arc = dataclasses.replace(settings.arc, format="compact")
+    return arc_task.make(
+        puzzles("rl", settings.size or TRAIN_TASKS, settings.seed),
+        dataclasses.replace(settings, arc=compact_arc),
+        held_out=puzzles("held_out", HELD_OUT_TASKS, settings.seed),
+        references={
+            "fixed": lambda context: arc_task.fixed("compact"),
+            "random": lambda context: random_reference(context, settings.seed),
+        },
+        name="tiny-grids",
+    )
+
+
+def random_reference(context: Context, seed: int = 0) -> str:
+    """Returns a random valid self-edit for a context."""
+    return " ".join(edit_words(_rng("reference", seed, context.id), malformed=0))
+
+
+def edit_words(rng: Rng, malformed: float = MALFORMED) -> list[str]:
+    """Returns the words of a random self-edit: what the base policy writes."""
+    flags = (rng.random(4) < 0.5).tolist()
+    edit = edits.make(
+        *flags,
+        strategy=("train_using_all_tokens", "train_using_output_tokens")[rng.integers(2)],
+        learning_rate=float(compact.RATES[rng.integers(len(compact.RATES))]),
+        epochs=int(compact.EPOCHS[rng.integers(len(compact.EPOCHS))]),
+    )
+    words = compact.edit_text(edit).split()
+    if rng.random() >= malformed:
+        return words
+    at = int(rng.integers(1, len(words) - 1))
+    damage = rng.integers(3)
+    if damage == 0:
+        return words[:at] + words[at + 1 :]
+    if damage == 1:
+        return words[:at]
+    return words[:at] + words[at : at + 1] * 2 + words[at + 1 :]
+
+
+def sequence(
+    rng: Rng, self_edits: float = 0.5, large: float = 0.15
+) -> tuple[list[str], list[float]]:
+    """Returns the words of a pretraining sequence, and the weight in the loss of each.
+
+    Two to five pairs of one task; then, with probability `self_edits`, a random self-edit.
+    """
+    names = list(rules.PRETRAINING)
+    family = rules.PRETRAINING[names[rng.integers(len(names))]]
+    count = int(rng.choice([2, 3, 4, 5], p=[0.1, 0.4, 0.4, 0.1]))
+    words: list[str] = []
+    weights: list[float] = []
+    for i, pair in enumerate(make_task(family, rng, shape(rng, large), count)):
+        asked, answer = compact.pair_words(pair)
+        words += asked + answer
+        weights += [INPUT_WEIGHT] * len(asked)
+        weights += [OUTPUT_WEIGHT if i else FIRST_OUTPUT_WEIGHT] * len(answer)
+    weights[0] = 0.0  # nothing comes before it
+    if rng.random() < self_edits:
+        edit = [*edit_words(rng), compact.END]
+        words += [compact.EDIT, *edit]
+        weights += [0.0] + [EDIT_WEIGHT] * len(edit)
+    return words, weights
+
+
+def pretraining_sequences(
+    seed: int, self_edits: float = 0.5, large: float = 0.15
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields token ids and their weights in the loss, without end; the seed decides all.
+
+    Args:
+      large: Share of tasks with sides up to 6; the others are 3 by 3.
+    """
+    for i in itertools.count():
+        words, weights = sequence(_rng("sequence", seed, i), self_edits, large)
+        yield np.array(grid_tokens.encode(words), np.int32), np.array(weights, np.float32)
+
+
+def _rng(*parts: object) -> Rng:
+    """Returns a generator that depends on the parts alone, in every process."""
+    return np.random.default_rng(list(hashlib.sha256(json.dumps(parts).encode()).digest()))
