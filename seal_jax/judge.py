@@ -48,8 +48,8 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
 def exact(question: str, gold: str, answer: str) -> bool:
     """Returns whether the answer's first line is the gold, up to case, spaces and punctuation."""
     lines = answer.strip().splitlines()
-    found = _plain(lines[0]) if lines else ""
-    return bool(found) and found == _plain(gold)
+    found = plain(lines[0]) if lines else ""
+    return bool(found) and found == plain(gold)
 
 
 def offline(question: str, gold: str, answer: str) -> bool:
@@ -108,7 +108,7 @@ _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PUNCTUATION = re.compile(r"(?:(?<!\d)\.|\.(?!\d)|(?<!\s)-|-(?!\d)|[^\w\s.-]|_)+")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Returns the text in lower case, with single spaces and without punctuation.
 
     Decimal points and signs stay: 1.5 is not 15, and -5 not 5.

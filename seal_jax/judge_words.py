@@ -107,36 +107,35 @@ ors: or: ists: ist: ism: ally: ly: als: al: ians: ian: ans: an: ous: ive: ic: ed
     )
 ]
 _TOKENS = re.compile(
-    r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+(?:\.\d+)?(?:(?:st|nd|rd|th|s)\b)?|[%$£€°]|\n|[.!?;](?=\s|$)"
+    r"(?:[A-Za-z]\.){2,}|[^\W\d_]+(?:'[^\W\d_]+)*"
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:(?:st|nd|rd|th|s)\b)?"
+    r"|[%$£€°]|\n|[.!?;](?=\s|$)"
 )
-_GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_DOTTED = re.compile(r"\b(?:[A-Za-z]\.){2,}")
 _ROMAN = re.compile(r"(?=[IVXL]{2})(?:XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _SIGNS = {"%": "percent", "$": "dollar", "£": "pound", "€": "euro", "°": "degree"}
+_JOINING = ("scale", "unit")
 _QUOTES = str.maketrans("’‘–—−", "''---")
 
 
 def words(text: str) -> list[Word]:
     """Returns the words of a text, sentence ends among them, numbers merged ("3 million")."""
-    text = text.translate(_QUOTES)
     if not text.isascii():
-        decomposed = unicodedata.normalize("NFKD", text)
+        decomposed = unicodedata.normalize("NFKD", text.translate(_QUOTES))
         text = "".join(c for c in decomposed if not unicodedata.combining(c))
-    if "," in text:
-        text = _GROUPED.sub("", text)
-    if "." in text:
-        text = _DOTTED.sub(lambda match: match.group().replace(".", "") + " ", text)
+    found = [_analyse(token) for token in _TOKENS.findall(text)]
+    if not any([word.role in _JOINING for word in found]):
+        return found
     merged: list[Word] = []
-    for word in map(_analyse, _TOKENS.findall(text)):
-        if word.role in ("scale", "unit") and merged and merged[-1].number is not None:
-            before = merged[-1]
-            if word.role == "scale":
-                merged[-1] = _number(before.number * word.number, before.text)
-                continue
-            if before.role == "tens":
-                merged[-1] = _number(before.number + word.number, before.text)
-                continue
-        merged.append(word)
+    for word in found:
+        before = merged[-1] if merged else None
+        if before is None or before.number is None or word.role not in _JOINING:
+            merged.append(word)
+        elif word.role == "scale":
+            merged[-1] = _number(before.number * word.number, before.text)
+        elif before.role == "tens":
+            merged[-1] = _number(before.number + word.number, before.text)
+        else:
+            merged.append(word)
     return merged
 
 
@@ -177,9 +176,10 @@ def _analyse(token: str) -> Word:
     if token in _SIGNS:
         return Word(stem(_SIGNS[token]), _SIGNS[token])
     if token[0].isdigit():
-        digits = token.rstrip("stndrh")
+        digits = token.rstrip("stndrh").replace(",", "")
         decade = token.endswith("s")
         return _number(float(digits), token, suffix="s" if decade else "")
+    token = token.replace(".", "")
     lower = token.lower()
     if lower.endswith("n't"):
         return Word("not", "not", stop=True)

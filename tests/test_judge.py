@@ -1,0 +1,91 @@
+"""The offline judge: agreement with GPT-4.1 on real answers, and cases anyone would decide."""
+
+import pytest
+import shared_data
+
+from seal_jax import config, judge
+from seal_jax.errors import SealError
+
+WHEN = "When did the Normans arrive?"
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "answer"),
+    [
+        (WHEN, "1066", "The Normans arrived in 1066."),
+        (WHEN, "September 1066", "They came in September of 1066"),
+        ("How many people live there?", "3 million", "About three million people live there."),
+        ("How many people live there?", "3,000", "The town has 3000 inhabitants."),
+        ("Who led them?", "William the Conqueror", "They were led by William the Conqueror."),
+        ("Who led them?", "William the Conqueror", "william the conqueror"),
+        ("What share voted?", "25%", "25 percent of them voted"),
+        ("Where is it?", "Côte d'Azur", "On the Cote d'Azur"),
+    ],
+)
+def test_the_right_answer_in_other_dress_is_right(question, gold, answer):
+    assert judge.offline(question, gold, answer)
+    assert judge.offline(f"Topic: Normans\n{question}", gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "answer"),
+    [
+        (WHEN, "1066", ""),
+        (WHEN, "1066", " \n\t"),
+        (WHEN, "1066", "The Normans arrived in 1067."),
+        (WHEN, "1066", "The Normans arrived."),
+        ("How many people live there?", "3 million", "About three thousand people live there."),
+        ("Who led them?", "William the Conqueror", "They were led by Harold Godwinson."),
+        ("Who led them?", "William", "I do not know."),
+    ],
+)
+def test_a_wrong_or_blank_answer_is_wrong(question, gold, answer):
+    assert not judge.offline(question, gold, answer)
+
+
+@pytest.mark.parametrize("text", ["?", "…", "\u200b", "🙂", "٣", "x" * 100_000, "a b " * 20_000])
+def test_odd_text_gets_a_verdict(text):
+    for item in [(text, "gold", "answer"), ("q", text, "answer"), ("q", "gold", text)]:
+        assert judge.offline(*item) in (True, False)
+
+
+def test_the_judge_agrees_with_gpt_4_1_on_real_answers():
+    """Nearly every row was trained on: this guards the shipped weights, it measures nothing.
+
+    Agreement on unseen articles is what `benchmarks/judge.py` measures.
+    """
+    rows = shared_data.read("grader/grader_public.jsonl")[::7]
+    rows = [row for row in rows if row["answer"].strip()]
+    same = [
+        judge.offline(r["question"], r["gold"], r["answer"]) == bool(r["verdict"]) for r in rows
+    ]
+    assert sum(same) / len(same) > 0.88
+
+
+def test_the_verdict_does_not_depend_on_what_was_judged_before():
+    items = [(WHEN, "1066", "in 1066"), ("Who?", "Bob", "It was Alice"), (WHEN, "1066", "1067")]
+    forward = [judge.offline(*item) for item in items]
+    assert [judge.offline(*item) for item in reversed(items)] == forward[::-1]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("rice", " rice", True),
+        ("rice", "Rice.\nMore", True),
+        ("rice", "rice pudding", False),
+        ("1.5", "15", False),
+        ("5", "-5", False),
+        ("", "", False),
+    ],
+)
+def test_exact_is_one_form_up_to_case_space_and_punctuation(gold, answer, right):
+    assert judge.exact("q", gold, answer) is right
+
+
+def test_load_gives_the_judge_the_settings_name():
+    item = ("Who led them?", "William", "They were led by William")
+    assert judge.load(config.Task(judge="offline"))([item]) == [True]
+    assert judge.load(config.Task(judge="exact"))([item]) == [False]
+    with pytest.raises(SealError, match="task.judge=model"):
+        judge.load(config.Task(judge="model"))
