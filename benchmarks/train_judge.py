@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     """
 
     trees: int = 180
-    depth: int = 4
+    depth: int = 3
     rate: float = 0.1
     ridge: float = 20.0
     features: float = 0.3
