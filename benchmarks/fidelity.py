@@ -43,6 +43,7 @@ def main() -> None:
         "The reference's trainer": list(trainer_rows()),
         "The reference's text, labels and files": list(fidelity_text.text_rows()),
         "The reference's programs, replayed": list(fidelity_text.replay_rows()),
+        "The reference's few-shot task (ARC)": list(fidelity_text.arc_rows()),
     }
     names = ["jax", "jaxlib", "numpy", "optax", "safetensors", "transformers"]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import shared_data
 
 from seal_jax import labels
 from seal_jax.formats import results, sft
 from seal_jax.tasks import grading, squad
+from seal_jax.tasks.arc import voting
 
 
 class Row(NamedTuple):
@@ -216,9 +218,109 @@ def replay_rows() -> Iterator[Row]:
             test_evals_inner_loop.test_one_inner_loop_replays_the_reference_s_server,
         ),
     ):
-        try:
-            compare()
-            difference = "none"
-        except AssertionError as error:
-            difference = f"differs: {str(error).splitlines()[0]}"
-        yield Row(what, f"`{source}`", cases, difference)
+        yield _passing(what, source, cases, compare)
+
+
+def _passing(what: str, source: str, cases: int, compare: Callable[[], None]) -> Row:
+    """Returns the row of a comparison that raises AssertionError at a difference."""
+    try:
+        compare()
+        difference = "none"
+    except AssertionError as error:
+        difference = f"differs: {(str(error) or 'see its test').splitlines()[0]}"
+    return Row(what, f"`{source}`", cases, difference)
+
+
+def arc_rows() -> Iterator[Row]:
+    """Yields the few-shot task's parts and programs; the comparisons are those of the tests."""
+    if shared_data.folder() is None:
+        return
+    import test_arc_goldens as parts
+    import test_arc_predict_goldens as programs
+
+    count = lambda name: len(shared_data.read(f"arc_goldens/{name}"))
+    for what, names, compare in (
+        ("files of puzzles", ["task_reading.json"], parts.test_files_are_read_in_order_and_whole),
+        (
+            "order of evaluation",
+            ["eval_task_order.json"],
+            parts.test_evaluation_order_is_the_recorded_shuffle,
+        ),
+        (
+            "transforms of grids, their inverses and families",
+            ["augmenters_grid.json", "inverse.json", "get_augmenters.json"],
+            parts.test_augmenters_and_their_names,
+        ),
+        (
+            "random transforms",
+            ["augmenters_random_task.json"],
+            parts.test_random_augmenters_draw_the_recorded_numbers,
+        ),
+        (
+            "training tasks of a self-edit",
+            ["ttt_train_data.jsonl"],
+            parts.test_training_tasks_at_each_stage,
+        ),
+        (
+            "training sets after the caps on number and length",
+            ["process_task.jsonl"],
+            parts.test_training_set_tokens_cap_and_texts,
+        ),
+        (
+            "chat texts and prompts",
+            ["messages.jsonl", "self_edit_prompt.jsonl"],
+            parts.test_chat_texts_and_their_tokens,
+        ),
+        (
+            "grids as text and read from replies",
+            ["grid_text.json", "parse_numpy_from_str.json", "decode.json"],
+            parts.test_grid_texts_and_what_is_read_in_replies,
+        ),
+        (
+            "queries of a test input",
+            ["tti_preprocess.jsonl"],
+            programs.test_queries_of_a_test_input,
+        ),
+        ("submissions and scores", ["evaluate.json"], programs.test_submissions_and_scores),
+        (
+            "whole evaluation with canned replies",
+            ["eval_pipeline.json"],
+            programs.test_whole_evaluation_with_canned_replies,
+        ),
+        (
+            "self-edits taken or refused",
+            ["config_filters.json", "config_odd.json"],
+            programs.test_which_configurations_the_reference_accepts,
+        ),
+        (
+            "label rows of the inner loop (numbers of tokens and where the loss is)",
+            ["ttt_labels.json"],
+            programs.test_label_masks_of_the_inner_loop,
+        ),
+        (
+            "training pairs of the outer fine-tuning",
+            ["bc_selection.json"],
+            programs.test_pairs_of_the_outer_finetuning,
+        ),
+    ):
+        yield _passing(what, ", ".join(names), sum(map(count, names)), compare)
+    votes = shared_data.read("arc_goldens/vote.json")
+    tied = [row for row in votes if row["tie_sensitive"]]
+    agreed = sum(_vote(row) in row["acceptable"] for row in tied)
+    yield _passing(
+        "votes and majorities",
+        "vote.json, row_majority.json",
+        len(votes) - len(tied) + count("row_majority.json"),
+        programs.test_votes_and_majorities,
+    )
+    yield Row(
+        "votes that hang on how equal counts are sorted, in the reference by the machine",
+        "`vote.json`",
+        len(tied),
+        f"{len(tied) - agreed} differ",
+    )
+
+
+def _vote(row: dict[str, Any]) -> list[Any]:
+    found = [(np.array(x["output"], np.int8), x["inverter"]) for x in row["outputs"]]
+    return [grid.tolist() for grid in voting.vote(found)]

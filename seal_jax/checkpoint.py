@@ -21,9 +21,7 @@ from seal_jax.architecture import read_config, write_config
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params
 
-BUILT_IN = {
-    name: Path(__file__).parent / "tiny" / "weights" / name for name in ("tiny-world", "tiny-grids")
-}
+BUILT_IN = {"tiny-world": Path(__file__).parent / "tiny" / "weights" / "tiny-world"}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
 
@@ -38,7 +36,7 @@ class LM(NamedTuple):
 
 
 def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None) -> LM:
-    """Returns a model from a folder, a hub id, or a built-in name (tiny-world, tiny-grids).
+    """Returns a model from a folder, a hub id, or the built-in name tiny-world.
 
     Raises:
       SealError: names the file and what is missing, misshapen or unsupported.

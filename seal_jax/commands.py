@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from seal_jax.errors import SealError
+from seal_jax.progress import say
 
 Overrides = Annotated[tuple[str, ...], tyro.conf.Positional]
 
@@ -55,12 +56,14 @@ class Pretrain:
     Example: seal-jax pretrain tiny-world --out weights/tiny-world
     """
 
-    name: tyro.conf.Positional[Literal["tiny-world", "tiny-grids"]]
+    name: tyro.conf.Positional[Literal["tiny-world"]]
     """Which world."""
     out: Path | None = None
     """Folder for the model; by default ./NAME."""
     seed: int = 0
-    """Of the world's order and the weights."""
+    """Of the texts and the weights."""
+    tokens: int | None = None
+    """Tokens to train on; by default as many as the model that ships was trained on."""
 
 
 def _parse(kind: type, name: str, arguments: list[str]):
@@ -99,8 +102,15 @@ def pretrain(arguments: list[str]) -> None:
     folder = chosen.out or Path(chosen.name)
     if folder.exists() and any(folder.iterdir()):
         raise SealError(f"{folder}: already there and not empty")
-    {"tiny-world": pretrain_lib.tiny_world}[chosen.name](folder, seed=chosen.seed)
-    print(folder)
+    tokens = pretrain_lib.TINY_WORLD_TOKENS if chosen.tokens is None else chosen.tokens
+    if tokens < pretrain_lib.ROWS * pretrain_lib.LENGTH:
+        raise SealError(f"--tokens {tokens}: fewer than one step takes")
+
+    def progress(seen: pretrain_lib.Progress) -> None:
+        if seen.step % 50 == 0 or seen.step == seen.steps:
+            say(f"step {seen.step} of {seen.steps}: loss {seen.loss:.3f}")
+
+    print(pretrain_lib.tiny_world(folder, chosen.seed, tokens, progress))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import shared_data
 
-from seal_jax import runs
+from seal_jax import checkpoint, runs
 from seal_jax.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -163,3 +163,15 @@ def test_no_and_unknown_commands(capsys):
     assert "run" in capsys.readouterr().out
     assert main(["fly"]) == 2
     assert "unknown command 'fly'" in capsys.readouterr().err
+
+
+def test_pretraining_writes_a_model_that_loads_the_same_each_time(tmp_path, capsys):
+    for name in ("a", "b"):
+        arguments = ["pretrain", "tiny-world", "--out", str(tmp_path / name), "--tokens", "7000"]
+        assert main(arguments) == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    lm = checkpoint.load_model(str(tmp_path / "a"))
+    assert lm.config.eos_ids == (lm.tokenizer.eos_token_id,)
+    assert main(["pretrain", "tiny-world", "--out", str(tmp_path / "a")]) == 2
+    assert "not empty" in capsys.readouterr().err
