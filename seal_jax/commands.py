@@ -1,6 +1,7 @@
 """The commands: each parses its arguments, calls one function and prints."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,20 @@ class Pretrain:
     """Tokens to train on; by default as many as the model that ships was trained on."""
 
 
+_OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
+
+
 def _parse(kind: type, name: str, arguments: list[str]):
+    """Returns the parsed arguments; key=value may stand anywhere after the configuration."""
+    values = {
+        i + 1 for i, word in enumerate(arguments) if word.startswith("--") and "=" not in word
+    }
+    changes = [
+        word for i, word in enumerate(arguments) if _OVERRIDE.match(word) and i not in values
+    ]
+    rest = [word for i, word in enumerate(arguments) if word not in changes or i in values]
+    first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    arguments = rest[:first] + changes + rest[first:]
     return tyro.cli(kind, prog=f"seal-jax {name}", args=arguments, description=kind.__doc__)
 
 

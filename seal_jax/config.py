@@ -201,6 +201,8 @@ class Task:
     split_newlines: bool = True
     """Each line of a self-edit is its own training text."""
     judge: Literal["offline", "exact", "openai", "model"] = "offline"
+    judge_model: str | None = None
+    """Model of the judge `model`: a folder or hub id; null is the run's own, before any round."""
     openai: OpenAI = OpenAI()
     arc: Arc = Arc()
     size: Count = 0

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import checkpoint, outer, progress, rewards, runs, stats
+from seal_jax import checkpoint, judge_model, outer, progress, rewards, runs, stats
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
@@ -50,7 +50,7 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     Raises:
       SealError: for settings that do not fit, before anything is computed.
     """
-    task = load_task(cfg.task)
+    task = load_task(cfg.task, judge_model.replies_of(cfg))
     check(cfg, task)
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
     path = runs.open_run(cfg, folder)

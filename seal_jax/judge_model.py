@@ -3,13 +3,16 @@
 It gets the reference's grading prompt and answers greedily; the generating function is given.
 """
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Sequence
 
+from seal_jax import checkpoint, config, sampling
 from seal_jax.errors import SealError
 from seal_jax.tasks import grading
 
+_REPLY_TOKENS = 8  # as many as the reference lets its grader write
 _VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
@@ -42,3 +45,15 @@ def _ask(items: Sequence[grading.Item], generate: Callable[[list[str]], list[str
             raise SealError(f"task.judge=model: this model cannot judge: {told}")
         warnings.warn(f"task.judge=model: {told}; they count as no", stacklevel=3)
     return [grading.parse_yes_no(replies[text]) for text in prompts]
+
+
+def replies_of(cfg: config.Config) -> Callable[[list[str]], list[str]] | None:
+    """Returns what generates the verdicts of a run's judge, or None where it is no model.
+
+    The model is loaded when the first verdict is asked for.
+    """
+    if cfg.task.judge != "model":
+        return None
+    chosen = config.Model(path=cfg.task.judge_model) if cfg.task.judge_model else cfg.model
+    load = functools.lru_cache(1)(lambda: checkpoint.load_model(chosen))
+    return lambda prompts: sampling.generate(load(), prompts, max_tokens=_REPLY_TOKENS)

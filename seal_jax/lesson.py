@@ -5,11 +5,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import batching, checkpoint, inner, lora, outer, peft, rewards
+from seal_jax import (
+    batching,
+    checkpoint,
+    inner,
+    judge,
+    judge_model,
+    lora,
+    outer,
+    peft,
+    rewards,
+)
 from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
 from seal_jax.errors import SealError
-from seal_jax.tasks import Context, Task, passages
+from seal_jax.tasks import Context, Task, passages, squad
 from seal_jax.tasks.registry import load_task
 
 
@@ -39,7 +49,7 @@ def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> 
     Raises:
       SealError: for unreadable files, before the model is loaded.
     """
-    task = load_task(cfg.task) if passage is None or cfg.task.path else _task_of(cfg)
+    task = _task(cfg, passage)
     context = _context(task, passage)
     if out is not None and out.exists() and any(out.iterdir()):
         raise SealError(f"{out}: already there and not empty")
@@ -59,15 +69,14 @@ def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> 
     return Lesson(context, edits, losses, reward, best, before, after, out)
 
 
-def _task_of(cfg: Config) -> Task:
-    """Returns the functions of the configured task without its contexts."""
-    from seal_jax.tasks import squad
-
-    if cfg.task.name not in ("squad", "tiny-world"):
+def _task(cfg: Config, passage: Path | None) -> Task:
+    """Returns the configured task; with a passage in hand it needs no file of contexts."""
+    replies = judge_model.replies_of(cfg)
+    if passage is None or cfg.task.name == "tiny-world" or cfg.task.path:
+        return load_task(cfg.task, replies)
+    if cfg.task.name != "squad":
         raise SealError(f"task.name={cfg.task.name!r} does not learn from passages")
-    if cfg.task.name == "tiny-world":
-        return load_task(cfg.task)
-    return squad.make([], cfg.task)
+    return squad.make([], cfg.task, judge.load(cfg.task, replies))
 
 
 def _context(task: Task, passage: Path | None) -> Context:

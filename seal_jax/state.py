@@ -12,7 +12,7 @@ from seal_jax.errors import SealError
 
 def save_tree(folder: Path, tree: Any) -> None:
     """Writes a pytree of arrays; the folder appears when it is complete."""
-    ocp.save_pytree(Path(folder).absolute(), tree)
+    ocp.save(Path(folder).absolute(), tree)
 
 
 def load_tree(folder: Path, like: Any) -> Any:
@@ -30,7 +30,7 @@ def load_tree(folder: Path, like: Any) -> Any:
         like,
     )
     try:
-        tree = ocp.load_pytree(Path(folder).absolute(), abstract)
+        tree = ocp.load(Path(folder).absolute(), abstract)
     except (ValueError, KeyError, OSError) as error:  # Orbax's own errors derive from these
         cause = error.__cause__ or error
         text = str(cause).strip() or type(cause).__name__

@@ -150,6 +150,13 @@ def test_adapt_teaches_one_passage_and_saves_the_adapter(tmp_path, capsys):
     assert main(["adapt", config, "--passage", str(tmp_path / "none.txt")]) == 2
 
 
+def test_settings_may_stand_before_or_after_options(tmp_path, capsys):
+    config = str(ROOT / "configs" / "tiny_world.yaml")
+    for words in (["inner.epoch=3", "--run", "x=1"], ["--run", "x=1", "inner.epoch=3"]):
+        assert main(["run", config, *words]) == 2
+        assert "did you mean 'inner.epochs'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["run", "adapt", "pretrain"])
 def test_each_command_s_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as caught:

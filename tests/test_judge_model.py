@@ -2,7 +2,7 @@
 
 import pytest
 
-from seal_jax import config, judge
+from seal_jax import config, judge, judge_model
 from seal_jax.errors import SealError
 
 ITEMS = [("Q", "a", "a"), ("Q", "b", "c"), ("Q", "b", " "), ("Q", "a", "a")]
@@ -34,6 +34,15 @@ def test_an_odd_reply_counts_as_no_with_a_warning():
 def test_a_model_that_says_neither_yes_nor_no_is_no_judge():
     with pytest.raises(SealError, match="2 of 2 replies say neither yes nor no"):
         ask(["ba ba", ""])
+
+
+def test_a_run_s_own_model_is_asked_with_the_grading_prompt():
+    replies = judge_model.replies_of(config.load_config(None, ["task.judge=model"]))
+    (reply,) = replies(["Question: What grows in Nowhere? Answer:"])
+    assert reply.strip()  # the tiny model answers with a word of its world, never yes or no
+    with pytest.raises(SealError, match="this model cannot judge"):
+        judge.load(config.Task(judge="model"), replies)(ITEMS)
+    assert judge_model.replies_of(config.load_config(None)) is None
 
 
 def test_a_model_judge_needs_a_model():

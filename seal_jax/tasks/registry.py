@@ -2,14 +2,21 @@
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 
 from seal_jax import config as config_lib
+from seal_jax import judge as judges
 from seal_jax.errors import SealError
 from seal_jax.tasks import Task
 
 
-def load_task(settings: config_lib.Task | str) -> Task:
+def load_task(
+    settings: config_lib.Task | str, generate: Callable[[list[str]], list[str]] | None = None
+) -> Task:
     """Returns the task that a group of settings (or a name alone) asks for.
+
+    Args:
+      generate: Prompts to greedy replies, for the judge `model`; see `judge_model.replies_of`.
 
     Raises:
       SealError: for an unknown name, or a file that cannot be read.
@@ -20,7 +27,8 @@ def load_task(settings: config_lib.Task | str) -> Task:
     if name == "squad":
         from seal_jax.tasks import squad
 
-        return squad.task(settings)._replace(references={"passage": lambda context: ""})
+        judge = judges.load(settings, generate)
+        return squad.task(settings, judge)._replace(references={"passage": lambda context: ""})
     if name == "tiny-world":
         return _tiny_world(settings)
     if name == "arc":
