@@ -88,7 +88,7 @@ def curve(rows: Rows, data: train_judge.Data, fold_n: np.ndarray) -> dict[str, A
         "exact match": measures(exact, right, titles),
         "gold contained": measures(contained, right, titles),
     }
-    for trees, depth in ((20, 1), (60, 2), (180, 3)):
+    for trees, depth in ((20, 1), (60, 2), (180, 4)):
         found, _ = cross_validate(data, fold_n, trees=trees, depth=depth)
         table[f"{trees} trees of depth {depth}"] = measures(found, right, titles)
     found, models = cross_validate(data, fold_n)
