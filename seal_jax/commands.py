@@ -1,5 +1,6 @@
 """The commands: each parses its arguments, calls one function and prints."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -57,7 +58,7 @@ class Pretrain:
     Example: seal-jax pretrain tiny-world --out weights/tiny-world
     """
 
-    name: tyro.conf.Positional[Literal["tiny-world"]]
+    name: tyro.conf.Positional[Literal["tiny-world", "tiny-grids"]]
     """Which world."""
     out: Path | None = None
     """Folder for the model; by default ./NAME."""
@@ -116,15 +117,27 @@ def pretrain(arguments: list[str]) -> None:
     folder = chosen.out or Path(chosen.name)
     if folder.exists() and any(folder.iterdir()):
         raise SealError(f"{folder}: already there and not empty")
-    tokens = pretrain_lib.TINY_WORLD_TOKENS if chosen.tokens is None else chosen.tokens
-    if tokens < pretrain_lib.ROWS * pretrain_lib.LENGTH:
+    train, usual, one_step = {
+        "tiny-world": (
+            pretrain_lib.tiny_world,
+            pretrain_lib.TINY_WORLD_TOKENS,
+            pretrain_lib.ROWS * pretrain_lib.LENGTH,
+        ),
+        "tiny-grids": (
+            pretrain_lib.tiny_grids,
+            pretrain_lib.TINY_GRIDS_TOKENS,
+            math.prod(pretrain_lib.BUCKETS[0]),
+        ),
+    }[chosen.name]
+    tokens = usual if chosen.tokens is None else chosen.tokens
+    if tokens < one_step:
         raise SealError(f"--tokens {tokens}: fewer than one step takes")
 
     def progress(seen: pretrain_lib.Progress) -> None:
         if seen.step % 50 == 0 or seen.step == seen.steps:
             say(f"step {seen.step} of {seen.steps}: loss {seen.loss:.3f}")
 
-    print(pretrain_lib.tiny_world(folder, chosen.seed, tokens, progress))
+    print(train(folder, chosen.seed, tokens, progress))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

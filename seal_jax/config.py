@@ -23,6 +23,7 @@ from seal_jax.errors import SealError
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ALL_TARGETS: tuple[Target, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 Fraction = typing.Annotated[float, pydantic.Field(gt=0, le=1)]
+Share = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]
 Count = typing.Annotated[int, pydantic.Field(ge=0)]
 Positive = typing.Annotated[int, pydantic.Field(ge=1)]
 Rate = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -33,7 +34,7 @@ class Model:
     """Which language model."""
 
     path: str = "tiny-world"
-    """Folder in Hugging Face format, hub id, or the built-in model: tiny-world."""
+    """Folder in Hugging Face format, hub id, or a built-in model: tiny-world, tiny-grids."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -110,6 +111,9 @@ class Sft:
     weight_decay: Rate = 0.0
     clip: Rate = 1.0
     max_length: Positive = 8192
+    replay: Share = 0.0
+    """Share of rows that are self-edits of the round drawn at random, which keeps a policy from
+    collapsing on few rewarded ones."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ class Outer:
     """Best self-edits kept of each context; 0 keeps all that reach min_reward."""
     min_reward: float | None = None
     """Self-edits below it are never kept; the paper has no threshold for SQuAD, 1 for ARC."""
+    adapt: Literal["policy", "base"] = "policy"
+    """Which model applies a self-edit: the policy that wrote it, or the model before any round, so
+    that a change in reward comes from the self-edits alone."""
+    reward_untrained: bool = True
+    """A self-edit that trains nothing scores as the bare model, as in the reference; else 0."""
     control: bool = False
     """Also train a control policy on a random self-edit of each context instead of the best."""
     sft: Sft = Sft()
@@ -139,6 +148,8 @@ class Evaluation:
     seeds: Positive = 1
     n: Positive = 1
     """Self-edits written for each held-out context."""
+    references: tuple[str, ...] | None = None
+    """Reference self-edits to compare with, by name; null takes all that the task has."""
 
 
 @dataclass(frozen=True)

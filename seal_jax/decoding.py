@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seal_jax import model
+from seal_jax.grammar import Grammar
 from seal_jax.lora import Adapter
 from seal_jax.model import Cache
 from seal_jax.params import Params
@@ -52,6 +53,7 @@ def run(
     limit: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
+    grammar: Grammar | None = None,
     *,
     samples: int,
     room: int,
@@ -66,6 +68,7 @@ def run(
       ids_cb: Names of the rows, folded into the key.
       ends: Ids that end a sequence.
       limit: Tokens to generate at most; `room` is the static bound.
+      grammar: What may follow what; log-probabilities are the model's all the same.
       own_adapters: Whether `adapters` has a `c` axis.
     """
     axis = 0 if own_adapters else None
@@ -73,16 +76,22 @@ def run(
     number = jnp.arange(samples)
     keys_cbq = jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: _key(key, i, q))(number)))(ids_cb)
 
-    def choose(logits_cbqv, step):
+    def choose(logits_cbqv, step, rule_cbq):
+        offered_cbqv = logits_cbqv
+        if grammar is not None:
+            offered_cbqv = jnp.where(grammar.allowed(rule_cbq), logits_cbqv, -jnp.inf)
         if greedy:
-            token = jnp.argmax(logits_cbqv, -1)
+            token = jnp.argmax(offered_cbqv, -1)
         else:
             one = lambda logits, own: draw(
                 logits, jax.random.fold_in(own, step), temperature, top_p, nucleus
             )
-            token = jax.vmap(jax.vmap(jax.vmap(one)))(logits_cbqv, keys_cbq)
+            token = jax.vmap(jax.vmap(jax.vmap(one)))(offered_cbqv, keys_cbq)
         chosen = jnp.take_along_axis(logits_cbqv, token[..., None], -1)[..., 0]
-        return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits_cbqv, -1)
+        if grammar is not None:
+            rule_cbq = grammar.after(rule_cbq, token)
+        logprob = chosen - jax.nn.logsumexp(logits_cbqv, -1)
+        return token.astype(jnp.int32), logprob, rule_cbq
 
     start = functools.partial(model.prefill, samples=samples, room=room)
     start = jax.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
@@ -92,7 +101,7 @@ def run(
     logits_cbv, cache = start(params, adapters, tokens_cbt, jnp.maximum(length_cb, 1))
     shape = (c, b, samples)
     logits = jnp.broadcast_to(logits_cbv[:, :, None], (*shape, logits_cbv.shape[-1]))
-    token, logprob = choose(logits, 0)
+    token, logprob, rule = choose(logits, 0, jnp.zeros(shape, jnp.int32))
 
     def record(state_arrays, token, logprob, done, step):
         out, logprobs, count = state_arrays
@@ -113,18 +122,18 @@ def run(
     arrays, done = record(arrays, token, logprob, done, 0)
 
     def unfinished(state):
-        step, _, done, _, _ = state
+        step, _, done, *_ = state
         return (step < limit) & ~jnp.all(done)
 
     def advance(state):
-        step, token, done, cache, arrays = state
+        step, token, done, rule, cache, arrays = state
         logits, cache = go_on(params, adapters, token, cache)
-        token, logprob = choose(logits, step)
+        token, logprob, rule = choose(logits, step, rule)
         arrays, done = record(arrays, token, logprob, done, step)
-        return step + 1, token, done, cache, arrays
+        return step + 1, token, done, rule, cache, arrays
 
-    state = (jnp.int32(1), token, done, cache, arrays)
-    _, _, done, _, arrays = jax.lax.while_loop(unfinished, advance, state)
+    state = (jnp.int32(1), token, done, rule, cache, arrays)
+    _, _, done, _, _, arrays = jax.lax.while_loop(unfinished, advance, state)
     return *arrays, done
 
 

@@ -1,5 +1,6 @@
 """A whole run: rounds of ReST-EM, the control, and the table on held-out contexts."""
 
+import re
 import sys
 import time
 from collections import Counter
@@ -20,10 +21,14 @@ from seal_jax.tasks.registry import load_task
 
 
 class Row(NamedTuple):
-    """A line of the table: a condition's rewards, in the order of the held-out contexts."""
+    """A line of the table: a condition's rewards, in the order of the held-out contexts.
+
+    `trials` counts the inner loops (or answers of the bare model) behind them.
+    """
 
     name: str
     rewards: tuple[float, ...]
+    trials: int
 
     @property
     def estimate(self) -> Estimate:
@@ -60,7 +65,8 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     policy = control = lm
     for number in range(cfg.outer.rounds):
         contexts = _contexts(task, number, cfg)
-        policy, summary = one_round(policy, task, contexts, path, number, cfg, metrics)
+        adapted = lm if cfg.outer.adapt == "base" else policy
+        policy, summary = one_round(policy, adapted, task, contexts, path, number, cfg, metrics)
         summaries.append(summary)
         policies[f"round {number + 1}"] = policy
         if cfg.outer.control:
@@ -89,6 +95,10 @@ def check(cfg: Config, task: Task) -> None:
             f"evaluation.contexts={cfg.evaluation.contexts}: the task has {len(task.held_out)} "
             "held-out contexts (task.held_out, task.size)"
         )
+    for name in cfg.evaluation.references or ():
+        if name not in task.references:
+            known = ", ".join(task.references) or "none"
+            raise SealError(f"evaluation.references: {name!r} is unknown; the task has {known}")
 
 
 def _contexts(task: Task, number: int, cfg: Config) -> list[Context]:
@@ -99,6 +109,7 @@ def _contexts(task: Task, number: int, cfg: Config) -> list[Context]:
 
 def one_round(
     lm: LM,
+    adapted: LM,
     task: Task,
     contexts: Sequence[Context],
     path: Path,
@@ -106,14 +117,19 @@ def one_round(
     cfg: Config,
     metrics: runs.Metrics,
 ) -> tuple[LM, runs.Record]:
-    """Returns the policy after one round, and the round's summary."""
+    """Returns the policy after one round, and the round's summary.
+
+    Args:
+      lm: The policy: it writes self-edits and is finetuned on the best.
+      adapted: The model that self-edits are applied to.
+    """
     home = path / f"round_{number}"
     start = time.monotonic()
     key = outer.key_of(cfg, "write", number)
     edits = outer.write_edits(lm, task, contexts, cfg.sampling.n, home / "edits.jsonl", key, cfg)
     wrote = time.monotonic()
     rows = outer.test_edits(
-        lm,
+        adapted,
         task,
         edits,
         cfg.outer.seeds,
@@ -125,8 +141,13 @@ def one_round(
     tested = time.monotonic()
     scored = outer.gather(task, edits, rows)
     kept = outer.keep_best(scored, cfg.outer.keep, cfg.outer.min_reward)
+    share = cfg.outer.sft.replay
+    if share and kept:
+        others = outer.applied(scored, rows, kept)
+        rng = np.random.default_rng(identity(cfg.seed, "replay", number))
+        kept = kept + outer.replay(others, round(len(kept) * share / (1 - share)), rng)
     runs.write_lines(home / "kept.jsonl", [_kept_record(x) for x in kept])
-    base = base_rewards(lm, task, contexts, home / "base.jsonl", cfg)
+    base = base_rewards(adapted, task, contexts, home / "base.jsonl", cfg)
     after = outer.train_policy(lm, kept, home / "policy", outer.key_of(cfg, "sft", number), cfg)
     summary = summarise(scored, kept, base, rows)
     runs.write_json(home / "summary.json", summary)
@@ -198,7 +219,8 @@ def summarise(
     for one in scored:
         by_context.setdefault(one.context, []).append(one.reward)
     means = [stats.mean(own) for own in by_context.values()]
-    errors = Counter(row["error"].split(" at step")[0] for row in rows if row["error"])
+    # Figures in a reason (a step, a line, a count) would make every one its own.
+    errors = Counter(re.sub(r"\d+", "N", row["error"]) for row in rows if row["error"])
     return {
         "contexts": len(by_context),
         "self_edits": len(scored),
@@ -217,26 +239,42 @@ def evaluate(
     """Returns the table: the bare model, reference self-edits, and each policy's own self-edits.
 
     Reference self-edits (the passage alone, an oracle's) adapt the model before any round. A
-    policy's self-edits adapt the policy itself.
+    policy's self-edits adapt the policy itself, or with `outer.adapt: base` that model too.
     """
     contexts = list(task.held_out[: cfg.evaluation.contexts])
     home = path / "eval"
-    rows = [Row("base", tuple(base_rewards(lm, task, contexts, home / "base.jsonl", cfg)))]
-    for name, write in task.references.items():
-        edits = [SelfEdit(context, 0, write(context)) for context in contexts]
+    bare = base_rewards(lm, task, contexts, home / "base.jsonl", cfg)
+    rows = [Row("base", tuple(bare), len(bare))]
+    for name in _references(cfg, task):
+        texts = [(context, task.references[name](context)) for context in contexts]
+        edits = [
+            SelfEdit(context, i, text)
+            for context, made in texts
+            for i, text in enumerate([made] if isinstance(made, str) else made)
+        ]
         rows.append(_row(name, lm, task, edits, home, cfg, metrics))
     for name, policy in policies.items():
         file = home / f"{_slug(name)}.edits.jsonl"
         key = outer.key_of(cfg, "write", "held-out")
         edits = outer.write_edits(policy, task, contexts, cfg.evaluation.n, file, key, cfg)
-        rows.append(_row(name, policy, task, edits, home, cfg, metrics))
+        adapted = lm if cfg.outer.adapt == "base" else policy
+        rows.append(_row(name, adapted, task, edits, home, cfg, metrics))
     last = [row for row in rows if row.name == "oracle"]
     rows = [row for row in rows if row.name != "oracle"] + last
     runs.write_json(
         home / "table.json",
-        {row.name: {**row.estimate._asdict(), "rewards": row.rewards} for row in rows},
+        {
+            row.name: {**row.estimate._asdict(), "trials": row.trials, "rewards": row.rewards}
+            for row in rows
+        },
     )
     return rows
+
+
+def _references(cfg: Config, task: Task) -> list[str]:
+    """Returns the names of the reference self-edits to evaluate."""
+    wanted = cfg.evaluation.references
+    return [name for name in task.references if wanted is None or name in wanted]
 
 
 def _slug(name: str) -> str:
@@ -248,10 +286,13 @@ def _row(name, lm, task, edits, home: Path, cfg: Config, metrics) -> Row:
     key = outer.key_of(cfg, "inner", "held-out")
     file = home / f"{_slug(name)}.jsonl"
     rows = outer.test_edits(lm, task, edits, cfg.evaluation.seeds, file, key, cfg, metrics)
-    by_context: dict[str, list[float]] = {edit.context.id: [] for edit in edits}
+    by_context: dict[str, dict[int, list[float]]] = {edit.context.id: {} for edit in edits}
     for row in rows:
-        by_context[row["context"]].append(row["reward"])
-    return Row(name, tuple(stats.mean(own) for own in by_context.values()))
+        by_context[row["context"]].setdefault(row["index"], []).append(row["reward"])
+    # Of several tries an oracle knows the best.
+    over = max if name == "oracle" else stats.mean
+    each = [[stats.mean(seeds) for seeds in own.values()] for own in by_context.values()]
+    return Row(name, tuple(over(own) for own in each), len(rows))
 
 
 def table_text(table: Sequence[Row]) -> str:
@@ -260,12 +301,17 @@ def table_text(table: Sequence[Row]) -> str:
         return ""
     by_name = {row.name: row for row in table}
     last = next((n for n in reversed(by_name) if n.startswith("round")), None)
-    lines = [f"{'condition':<16} {'accuracy (s.e.)':<18} {'last round minus it (s.e.)':<26}"]
+    lines = [
+        f"{'condition':<16} {'accuracy (s.e.)':<18} {'trials':>6}  "
+        f"{'last round minus it (s.e.)':<26}"
+    ]
     for row in table:
         difference = ""
         if last and row.name != last:
             difference = stats.text(stats.paired(by_name[last].rewards, row.rewards))
-        lines.append(f"{row.name:<16} {stats.text(row.estimate):<18} {difference:<26}".rstrip())
+        lines.append(
+            f"{row.name:<16} {stats.text(row.estimate):<18} {row.trials:>6}  {difference}".rstrip()
+        )
     lines.append(f"{len(table[0].rewards)} held-out contexts; standard errors over contexts.")
     return "\n".join(lines)
 

@@ -73,6 +73,20 @@ def keep_random(candidates: Sequence[Scored], rng: np.random.Generator) -> list[
     return [candidate for candidate in chosen if candidate.text.strip()]
 
 
+def applied(
+    scored: Sequence[Scored], rows: Sequence[runs.Record], kept: Sequence[Scored]
+) -> list[Scored]:
+    """Returns the self-edits that trained something and are not among the kept."""
+    trained = {(row["context"], row["index"]) for row in rows if row["steps"]}
+    chosen = {(x.context, x.index) for x in kept}
+    return [x for x in scored if (x.context, x.index) in trained - chosen]
+
+
+def replay(candidates: Sequence[Scored], count: int, rng: np.random.Generator) -> list[Scored]:
+    """Returns `count` self-edits drawn at random, or all if they are fewer."""
+    return [candidates[i] for i in rng.permutation(len(candidates))[:count]]
+
+
 def finetune(
     lm: LM, rows: Iterable[tuple[str, str]], settings: Sft, key: jax.Array
 ) -> tuple[Params, np.ndarray]:
@@ -156,12 +170,13 @@ def write_edits(
     seen = {(row["context"], row["index"]) for row in runs.records(file)}
     group = max(1, (cfg.sampling.chunk or 64) // n)
     longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
+    grammar = None if task.grammar is None else sampling.constrain(lm, task.grammar)
     with progress.track(f"write self-edits ({file.parent.name})", len(contexts) * n) as advance:
         for start in range(0, len(contexts), group):
             some = contexts[start : start + group]
             wanted = [(context.id, i) for context in some for i in range(n)]
             if not seen.issuperset(wanted):
-                made = rewards.write(lm, task, some, n, key, cfg, pad_to=longest)
+                made = rewards.write(lm, task, some, n, key, cfg, pad_to=longest, grammar=grammar)
                 rows = [_edit_record(one) for of_context in made for one in of_context]
                 runs.append(file, [r for r in rows if (r["context"], r["index"]) not in seen])
             advance(len(wanted))
@@ -215,6 +230,7 @@ def test_edits(
                     seconds=round(seconds, 3),
                     candidates_per_second=round(count / seconds, 4),
                     token_efficiency=round(total.useful / max(total.processed, 1), 4),
+                    step_efficiency=round(total.active / max(total.executed, 1), 4),
                 )
     return runs.records(file)
 

@@ -12,6 +12,7 @@ from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
+from seal_jax.grammar import Grammar
 from seal_jax.lora import Adapter
 from seal_jax.tasks import Context, Grade, Task
 
@@ -42,9 +43,16 @@ def write(
     cfg: config_lib.Config,
     *,
     pad_to: int = 0,
+    grammar: Grammar | None = None,
 ) -> list[list[Written]]:
-    """Returns n self-edits for each context, drawn by the context's own key."""
+    """Returns n self-edits for each context, drawn by the context's own key.
+
+    Args:
+      grammar: The task's, over this model's tokens; made here if not given.
+    """
     settings = cfg.sampling
+    if grammar is None and task.grammar is not None:
+        grammar = sampling.constrain(lm, task.grammar)
     prompts = [sampling.encode(lm, task.prompt(context)) for context in contexts]
     out = sampling.decode(
         lm,
@@ -57,6 +65,7 @@ def write(
         ids=[[identity(context.id) for context in contexts]],
         chunk=settings.chunk,
         pad_to=pad_to,
+        grammar=grammar,
     )[0]
     return [
         [
@@ -157,13 +166,23 @@ class Outcome(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """Tokens of training texts, and tokens processed to train on them (padding included)."""
+    """Of inner loops: tokens of training texts, and tokens processed to train on them (padding
+    included); steps that candidates took, and steps executed for them.
+    """
 
     useful: int = 0
     processed: int = 0
+    active: int = 0
+    executed: int = 0
 
     def plus(self, chunk: slots_lib.Chunk) -> "Efficiency":
-        return Efficiency(self.useful + chunk.useful, self.processed + chunk.processed)
+        slots = chunk.slots
+        return Efficiency(
+            self.useful + chunk.useful,
+            self.processed + chunk.processed,
+            self.active + int(np.sum(slots.total_c)),
+            self.executed + int(slots.visits) * len(chunk.index),
+        )
 
 
 def evaluate(
@@ -195,18 +214,20 @@ def evaluate(
         losses = np.asarray(losses)
         steps = np.asarray(chunk.slots.total_c)
         outcomes = [
-            _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i])
+            _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i], cfg)
             for j, i in enumerate(places)
         ]
         yield outcomes, Efficiency().plus(chunk)
 
 
-def _outcome(task, edit, place, answers, losses, candidate) -> Outcome:
+def _outcome(task, edit, place, answers, losses, candidate, cfg) -> Outcome:
     error = candidate.error
     if not np.isfinite(losses).all():
         error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
     first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
     grade = task.grade(edit.context, answers)
+    if not len(losses) and not cfg.outer.reward_untrained:
+        grade = grade._replace(reward=0.0)
     return Outcome(place, grade, answers, len(losses), first, last, error)
 
 

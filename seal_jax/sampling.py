@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from seal_jax import decoding, lora
+from seal_jax import grammar as grammar_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
+from seal_jax.grammar import Automaton, Grammar
 from seal_jax.lora import Adapter
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -47,6 +49,7 @@ def decode(
     ids: Sequence[Sequence[int]] | None = None,
     chunk: int = 0,
     pad_to: int = 0,
+    grammar: Grammar | None = None,
 ) -> list[list[list[Output]]]:
     """Returns generated sequences [c][b][samples].
 
@@ -58,6 +61,7 @@ def decode(
       ids: Names of the rows [c][b], 32 bits: a row's draws depend on key and name alone.
       chunk: Sequences decoded together; 0 chooses by the device.
       pad_to: Pad prompts to at least this length, so that several calls share one program.
+      grammar: Every sequence that ends is of its language.
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")
@@ -88,6 +92,7 @@ def decode(
                 np.int32(max_tokens),
                 np.float32(temperature or 1.0),
                 np.float32(top_p),
+                grammar,
                 samples=samples,
                 room=room,
                 greedy=not temperature,
@@ -194,6 +199,12 @@ def generate(
         chunk=chunk,
     )
     return [text(lm, one) for rows in out for row in rows for one in row]
+
+
+def constrain(lm: LM, language: Automaton) -> Grammar:
+    """Returns a language over a model's tokens."""
+    texts = grammar_lib.token_texts(lm.tokenizer)
+    return grammar_lib.compile(language, texts, lm.config.eos_ids, lm.config.vocab_size)
 
 
 def encode(lm: LM, prompt: str) -> list[int]:

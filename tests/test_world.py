@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from seal_jax import checkpoint, model
+from seal_jax import checkpoint, model, optim
 from seal_jax.errors import SealError
 from seal_jax.model import ModelConfig
 from seal_jax.tasks import squad
@@ -165,14 +165,39 @@ def test_packing_loses_cuts_and_repeats_nothing():
     assert np.mean([(b.segments_bt > 0).mean() for b in batches]) > 0.95
 
 
-def test_pretraining_depends_on_its_seed_only_and_learns():
+def test_rows_of_one_text_each_lose_none_and_are_alike_in_length():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(3, 40, 200)
+    texts = (
+        (np.full(n, 10 + i, np.int32), np.full(n, 0.5, np.float32)) for i, n in enumerate(sizes)
+    )
+    seen = []
+    for batch in pretrain.bucketed(texts, 0, ((12, 4), (32, 3))):
+        assert batch.tokens_bt.shape in {(4, 12), (3, 32)} and batch.segments_bt is None
+        for row, weight in zip(batch.tokens_bt, batch.weights_bt, strict=True):
+            n = sizes[row[0] - 10]
+            assert (row[:n] == row[0]).all() and (row[n:] == 0).all()
+            assert (weight[:n] == 0.5).all() and (weight[n:] == 0).all()
+            assert (n > 12) == (len(row) == 32) and n <= 32
+            seen.append(row[0])
+    assert len(seen) == len(set(seen)) > (sizes <= 32).sum() - 7
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_pretraining_depends_on_its_seed_only_and_learns(kind):
     config = ModelConfig(64, 16, 1, 2, 2, 8, 32, tied=True, qkv_bias=True)
     text = (np.arange(10, dtype=np.int32), np.ones(10, np.float32))
+
+    def start(params):
+        if kind == "adam":
+            return optim.init(params, b2=0.95), pretrain.train_step
+        return pretrain.muon_state(params, 30), pretrain.muon_step
 
     def run(seed):
         losses = []
         batches = pretrain.packed(itertools.repeat(text), 0, rows=2, length=32)
-        params = pretrain.train(config, batches, 30, seed, lambda p: losses.append(float(p.loss)))
+        note = lambda seen: losses.append(float(seen.loss))
+        params = pretrain.train(*start(model.init(config, seed)), batches, 30, note)
         return jax.tree.leaves(params), losses
 
     (first, losses), (again, _), (other, _) = run(0), run(0), run(1)

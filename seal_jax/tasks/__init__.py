@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from seal_jax.grammar import Automaton
+
 LossOn = Literal["all", "output"]
 
 
@@ -70,8 +72,10 @@ class Task(NamedTuple):
       questions: Asked without the context.
       grade: Judges the answers to all questions of a context.
       held_out: Contexts for evaluation; disjoint from `contexts`.
-      references: Self-edits to compare with, by name: made without a model, such as an oracle's.
+      references: Self-edits to compare with, by name: made without a model, one or several for a
+        context. Of several by the name of `oracle` the best counts, else their mean.
       name: For tables and records.
+      grammar: Language that sampled self-edits are held to, if any.
     """
 
     contexts: Sequence[Context]
@@ -80,5 +84,6 @@ class Task(NamedTuple):
     questions: Callable[[Context], list[Question]]
     grade: Callable[[Context, list[str]], Grade]
     held_out: Sequence[Context] = ()
-    references: Mapping[str, Callable[[Context], str]] = MappingProxyType({})
+    references: Mapping[str, Callable[[Context], str | Sequence[str]]] = MappingProxyType({})
     name: str = "task"
+    grammar: Automaton | None = None

@@ -8,13 +8,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax.tasks import Context, Task
-from seal_jax.tasks.arc import compact, edits
+from seal_jax.tasks import Task
+from seal_jax.tasks.arc import baselines, compact
 from seal_jax.tasks.arc import task as arc_task
 from seal_jax.tasks.arc.grids import Grid
 from seal_jax.tasks.arc.tasks import ArcTask, Pair
@@ -23,8 +24,10 @@ from seal_jax.tiny.rules import Family, Rng
 
 DEMONSTRATIONS = 3
 TRAIN_TASKS, HELD_OUT_TASKS = 12, 28
+FILTERED = Path(__file__).parent / "grid_tasks.json"
 OUTPUT_WEIGHT, FIRST_OUTPUT_WEIGHT, INPUT_WEIGHT, EDIT_WEIGHT = 1.0, 0.3, 0.05, 0.5
 """Weights in the loss of pretraining; nothing tells the first output, so it counts less."""
+SMALL_FIRST = 100_000
 MALFORMED = 0.06
 """Share of self-edits that are no valid JSON of the schema."""
 
@@ -76,48 +79,50 @@ def shape(rng: Rng, large: float) -> tuple[int, int]:
     return height, width
 
 
-def puzzles(split: str, count: int, seed: int = 0, large: float = 0.15) -> arc_task.Puzzles:
-    """Returns tasks of a split by id, its families in turn, so that each is there equally often."""
+def puzzles(split: str, numbers: Iterable[int], seed: int = 0) -> arc_task.Puzzles:
+    """Returns 3 by 3 tasks of a split by id; its families take turns in the numbering."""
     families = rules.SPLITS[split]
+    names = list(families)
     made: dict[str, tuple[ArcTask, ...]] = {}
-    for i, name in zip(range(count), itertools.cycle(families), strict=False):
-        key = f"{name}-{seed}-{i}"
-        rng = _rng("task", split, seed, i)
-        *train, test = make_task(families[name], rng, shape(rng, large))
+    for number in numbers:
+        name = names[number % len(names)]
+        key = f"{name}-{seed}-{number}"
+        *train, test = make_task(families[name], _rng("task", split, seed, number), (3, 3))
         made[key] = (ArcTask(tuple(train), test, key),)
     return made
 
 
+def filtered(split: str) -> arc_task.Puzzles:
+    """Returns the tasks that are as hard as the paper's: failed in-context, solved by some edit.
+
+    They are listed in grid_tasks.json, made by `benchmarks/filter_grids.py`.
+    """
+    numbers = json.loads(FILTERED.read_text())[split]
+    return puzzles(split, numbers)
+
+
 def task(settings: config_lib.Task) -> Task:
-    """Returns the tiny grids as a task: `size` puzzles to train on, others held out."""
+    """Returns the tiny grids as a task: puzzles to train on, others held out, both filtered.
+
+    With `seed` other than 0, or a `size` beyond the list, puzzles are taken as they are drawn.
+    """
     compact_arc = dataclasses.replace(settings.arc, format="compact")
+    size = settings.size or TRAIN_TASKS
+    train, held_out = filtered("rl"), filtered("held_out")
+    if settings.seed or size > len(train):
+        train = puzzles("rl", range(size), settings.seed)
+        held_out = puzzles("held_out", range(HELD_OUT_TASKS), settings.seed)
     return arc_task.make(
-        puzzles("rl", settings.size or TRAIN_TASKS, settings.seed),
+        dict(list(train.items())[:size]),
         dataclasses.replace(settings, arc=compact_arc),
-        held_out=puzzles("held_out", HELD_OUT_TASKS, settings.seed),
-        references={
-            "fixed": lambda context: arc_task.fixed("compact"),
-            "random": lambda context: random_reference(context, settings.seed),
-        },
+        held_out=held_out,
         name="tiny-grids",
     )
 
 
-def random_reference(context: Context, seed: int = 0) -> str:
-    """Returns a random valid self-edit for a context."""
-    return " ".join(edit_words(_rng("reference", seed, context.id), malformed=0))
-
-
 def edit_words(rng: Rng, malformed: float = MALFORMED) -> list[str]:
     """Returns the words of a random self-edit: what the base policy writes."""
-    flags = (rng.random(4) < 0.5).tolist()
-    edit = edits.make(
-        *flags,
-        strategy=("train_using_all_tokens", "train_using_output_tokens")[rng.integers(2)],
-        learning_rate=float(compact.RATES[rng.integers(len(compact.RATES))]),
-        epochs=int(compact.EPOCHS[rng.integers(len(compact.EPOCHS))]),
-    )
-    words = compact.edit_text(edit).split()
+    words = compact.edit_text(baselines.random(rng)).split()
     if rng.random() >= malformed:
         return words
     at = int(rng.integers(1, len(words) - 1))
@@ -155,15 +160,18 @@ def sequence(
 
 
 def pretraining_sequences(
-    seed: int, self_edits: float = 0.5, large: float = 0.15
+    seed: int, self_edits: float = 0.4, large: float = 0.2, small_first: int = SMALL_FIRST
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields token ids and their weights in the loss, without end; the seed decides all.
 
     Args:
       large: Share of tasks with sides up to 6; the others are 3 by 3.
+      small_first: All of the first sequences are 3 by 3: copying cells is learned there, at a
+        third of the cost.
     """
     for i in itertools.count():
-        words, weights = sequence(_rng("sequence", seed, i), self_edits, large)
+        share = large if i >= small_first else 0.0
+        words, weights = sequence(_rng("sequence", seed, i), self_edits, share)
         yield np.array(grid_tokens.encode(words), np.int32), np.array(weights, np.float32)
 
 

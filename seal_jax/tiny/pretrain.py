@@ -1,4 +1,4 @@
-"""Pretraining of the built-in models: packed rows, one pure training step, a seed decides all."""
+"""Pretraining of the built-in models: rows of texts, one pure training step, a seed decides all."""
 
 import functools
 import itertools
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
 from transformers import PreTrainedTokenizerFast
 
 from seal_jax import checkpoint, model, optim
@@ -17,25 +19,29 @@ from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.model import ModelConfig, Params
 from seal_jax.optim import Measures, TrainState
+from seal_jax.tiny import grid_tokens, grids, world
 from seal_jax.tiny import tokens as tokens_lib
-from seal_jax.tiny import world
 
 ROWS, LENGTH = 16, 144
 TINY_WORLD_TOKENS = 6_500_000
+BUCKETS = ((96, 54), (136, 38), (168, 31), (256, 20), (384, 13))
+"""Lengths of rows and their number in a batch: about as many tokens in each, 5,000."""
+TINY_GRIDS_TOKENS = 24_000_000
 _SELF_EDITS = 0.27  # of the texts; their tokens are 60% of all
 _PROMPT_WEIGHT = 0.3
 _LOOKAHEAD = 64
 _LEARNING_RATE, _WARMUP, _WEIGHT_DECAY, _B2 = 3e-3, 100, 0.02, 0.95
+_MUON_RATE = 2e-2
 
 
 class Rows(NamedTuple):
-    """Texts packed into rows, numbered from 1 within a row; 0 is padding.
+    """Texts in rows: packed, numbered from 1 within a row (0 is padding), or one a row (None).
 
     `weights_bt` is the weight in the loss of predicting the token at that place.
     """
 
     tokens_bt: np.ndarray
-    segments_bt: np.ndarray
+    segments_bt: np.ndarray | None
     weights_bt: np.ndarray
 
 
@@ -111,6 +117,36 @@ def packed(
         yield batch
 
 
+def bucketed(
+    texts: Iterator[tuple[np.ndarray, np.ndarray]], pad_id: int, buckets=BUCKETS
+) -> Iterator[Rows]:
+    """Yields batches of one text a row, alike in length; a text longer than all is left out.
+
+    Attention over short rows is cheaper than over packed ones, and needs no mask between texts.
+
+    Args:
+      buckets: Length of rows and how many make a batch, lengths rising.
+    """
+    waiting: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in buckets]
+    for text in texts:
+        home = next((k for k, (t, _) in enumerate(buckets) if len(text[0]) <= t), None)
+        if home is None:
+            continue
+        waiting[home].append(text)
+        length, rows = buckets[home]
+        if len(waiting[home]) < rows:
+            continue
+        batch = Rows(
+            np.full((rows, length), pad_id, np.int32),
+            None,
+            np.zeros((rows, length), np.float32),
+        )
+        for b, (ids, weights) in enumerate(waiting[home]):
+            batch.tokens_bt[b, : len(ids)], batch.weights_bt[b, : len(ids)] = ids, weights
+        waiting[home] = []
+        yield batch
+
+
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
 def train_step(state: TrainState, rows: Rows, steps: int) -> tuple[TrainState, Measures]:
     """Returns the state after one step of a training of `steps` (static), and what was measured.
@@ -127,23 +163,64 @@ def train_step(state: TrainState, rows: Rows, steps: int) -> tuple[TrainState, M
     )
 
 
+def muon_state(params: Params, steps: int) -> TrainState:
+    """Returns the state before the first step by `muon_step`."""
+    return TrainState(params, _muon(steps).init(params), np.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
+def muon_step(state: TrainState, rows: Rows, steps: int) -> tuple[TrainState, Measures]:
+    """Returns the state after one step by Muon, and what was measured.
+
+    Matrices of the layers take orthogonalised steps, all else AdamW's; rates as in `train_step`.
+    """
+    value, grads = jax.value_and_grad(optim.loss)(
+        state.trained, None, rows.tokens_bt, rows.weights_bt, rows.segments_bt
+    )
+    norm = optax.tree.norm(grads)
+    changes, moments = _muon(steps).update(grads, state.moments, state.trained)
+    trained = optax.apply_updates(state.trained, changes)
+    rate = optim.learning_rate("linear", state.step, _MUON_RATE, steps, min(_WARMUP, steps // 10))
+    return TrainState(trained, moments, state.step + 1), Measures(value, norm, rate)
+
+
+def _muon(steps: int) -> optax.GradientTransformation:
+    warmup = min(_WARMUP, steps // 10)
+
+    def matrices(params: Params):
+        # Stacked over layers [l, i, o]: each layer's matrix is orthogonalised by itself.
+        which = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        return jax.tree.map(lambda x: which if x.ndim == 3 else None, params)
+
+    rate = lambda peak: lambda step: optim.learning_rate("linear", step, peak, steps, warmup)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(
+            rate(_MUON_RATE),
+            weight_decay=_WEIGHT_DECAY,
+            adam_b2=_B2,
+            adam_learning_rate=rate(_LEARNING_RATE),
+            muon_weight_dimension_numbers=matrices,
+        ),
+    )
+
+
 def train(
-    config: ModelConfig,
+    state: TrainState,
+    step: Callable[[TrainState, Rows, int], tuple[TrainState, Measures]],
     batches: Iterator[Rows],
     steps: int,
-    seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> Params:
-    """Returns the weights after `steps` batches, from random ones.
+    """Returns the weights after `steps` batches, each a `step` of a training of that length.
 
     Args:
       progress: Called after every step; reading its loss waits for the step to end.
     """
-    state = optim.init(model.init(config, seed), b2=_B2)
-    for step, rows in enumerate(itertools.islice(batches, steps), start=1):
-        state, measures = train_step(state, rows, steps)
+    for number, rows in enumerate(itertools.islice(batches, steps), start=1):
+        state, measures = step(state, rows, steps)
         if progress is not None:
-            progress(Progress(step, steps, measures.loss, state.trained))
+            progress(Progress(number, steps, measures.loss, state.trained))
     return state.trained
 
 
@@ -159,22 +236,71 @@ def tiny_world(
       seed: Of the weights and of the texts; the world and its tokenizer are always the same.
       tokens: Places in the rows to train on, some 2% of them padding.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise SealError(f"{folder}: already there and not empty; choose another folder")
+    folder = _empty(folder)
     tokenizer = tokens_lib.train()
     config = tiny_world_config(len(tokenizer), tokenizer.eos_token_id)
     texts = tokenized(world.pretraining_texts(seed, _SELF_EDITS), tokenizer)
     batches = packed(texts, tokenizer.pad_token_id, ROWS, LENGTH)
-    params = train(config, batches, tokens // (ROWS * LENGTH), seed, progress)
-    return save(params, tokenizer, folder)
+    state = optim.init(model.init(config, seed), b2=_B2)
+    params = train(state, train_step, batches, tokens // (ROWS * LENGTH), progress)
+    return save(params, tokenizer, folder, tokens_lib.save)
 
 
-def save(params: Params, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+def tiny_grids_config() -> ModelConfig:
+    """Returns the architecture of the tiny grids' model: Qwen2 in small, 0.2M parameters."""
+    return ModelConfig(
+        vocab_size=len(grid_tokens.VOCABULARY),
+        d_model=64,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=4,
+        d_head=16,
+        d_ff=128,
+        rope_theta=300.0,  # texts are short: more of the angles tell neighbours apart
+        tied=True,
+        qkv_bias=True,
+        eos_ids=(grid_tokens.IDS[grid_tokens.EOS],),
+    )
+
+
+def tiny_grids(
+    folder: str | Path,
+    seed: int = 0,
+    tokens: int = TINY_GRIDS_TOKENS,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Trains the tiny grids' model and writes it in Hugging Face format; returns the folder.
+
+    Args:
+      seed: Of the weights and of the sequences.
+      tokens: Places in the rows to train on, some 10% of them padding.
+    """
+    folder = _empty(folder)
+    tokenizer = grid_tokens.build()
+    batches = bucketed(grids.pretraining_sequences(seed), tokenizer.pad_token_id)
+    steps = tokens // (BUCKETS[0][0] * BUCKETS[0][1])
+    state = muon_state(model.init(tiny_grids_config(), seed), steps)
+    params = train(state, muon_step, batches, steps, progress)
+    return save(params, tokenizer, folder, grid_tokens.save)
+
+
+def _empty(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise SealError(f"{folder}: already there and not empty; choose another folder")
+    return folder
+
+
+def save(
+    params: Params,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    save_tokenizer: Callable[[PreTrainedTokenizerFast, Path], None],
+) -> Path:
     """Writes a tiny model in Hugging Face format, complete or not at all; returns its folder."""
     with tempfile.TemporaryDirectory() as staging:
         source = Path(staging)
-        tokens_lib.save(tokenizer, source)
+        save_tokenizer(tokenizer, source)
         config = checkpoint.write_config(params.config, params) | {"max_position_embeddings": 1024}
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         for name, content in {"config.json": config, "generation_config.json": ends}.items():

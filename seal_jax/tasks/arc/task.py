@@ -10,7 +10,18 @@ import numpy as np
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task
-from seal_jax.tasks.arc import compact, edits, generate, grids, predict, prompts, tasks, voting
+from seal_jax.tasks.arc import (
+    baselines,
+    compact,
+    edits,
+    generate,
+    grids,
+    predict,
+    prompts,
+    syntax,
+    tasks,
+    voting,
+)
 from seal_jax.tasks.arc.grids import Grid
 from seal_jax.tasks.arc.predict import Query
 from seal_jax.tasks.arc.tasks import ArcTask
@@ -62,7 +73,6 @@ def make(
     settings: config_lib.Task,
     *,
     held_out: Puzzles | None = None,
-    references: Mapping[str, Callable[[Context], str]] | None = None,
     name: str = "arc",
 ) -> Task:
     """Returns the task of given puzzles: by id, one ArcTask for each test input."""
@@ -142,18 +152,25 @@ def make(
         questions=questions,
         grade=grade,
         held_out=_contexts(held_out or {}),
-        references={"fixed": lambda context: fixed(arc.format)}
-        if references is None
-        else references,
+        references=_references(settings),
         name=name,
+        grammar=syntax.self_edits() if arc.grammar else None,
     )
 
 
-def fixed(form: str) -> str:
-    """Returns the self-edit of a fixed configuration, the same for every puzzle."""
-    if form == "compact":
-        return compact.edit_text(edits.make(basic=True, learning_rate=5e-3, epochs=2))
-    return edits.text(edits.make(basic=True, size=True, learning_rate=1e-4, epochs=2))
+def _references(settings: config_lib.Task) -> dict[str, Callable[[Context], str | list[str]]]:
+    """Returns what the policy's self-edits are compared with, by name."""
+    form = settings.arc.format
+
+    def random(context: Context) -> list[str]:
+        rng = np.random.default_rng(_hash(settings.seed, context.id, "reference"))
+        return [baselines.written(baselines.random(rng), form) for _ in range(baselines.RANDOM)]
+
+    return {
+        "random": random,
+        "fixed": lambda context: baselines.fixed(form),
+        "oracle": lambda context: baselines.grid(form),
+    }
 
 
 def _contexts(puzzles: Puzzles) -> tuple[Context, ...]:
