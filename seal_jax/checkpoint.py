@@ -86,8 +86,17 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         # transformers would give an empty tokenizer without a word.
         raise SealError(f"{folder}: no tokenizer there ({', '.join(_TOKENIZERS)})")
+    loader = transformers.AutoTokenizer
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        # By the architecture alone transformers 5 would take e.g. Qwen2's own splitting into words,
+        # whatever tokenizer.json says.
+        own = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
+        if own == "PreTrainedTokenizerFast" and (folder / "tokenizer.json").is_file():
+            loader = transformers.PreTrainedTokenizerFast
+    except (OSError, ValueError, AttributeError):
+        pass  # AutoTokenizer says what is wrong
+    try:
+        return loader.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise SealError(f"{folder}: the tokenizer files cannot be read: {error}") from error
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from seal_jax import checkpoint
 from seal_jax.tasks import arc
 from seal_jax.tasks.arc import compact, edits, grids
 from seal_jax.tiny import grid_tokens
@@ -23,6 +24,14 @@ def test_every_word_is_one_token_and_comes_back(tmp_path):
     assert loaded("nothing")["input_ids"] == [loaded.unk_token_id]
     assert loaded.decode([*ids[:1], loaded.eos_token_id], skip_special_tokens=True) == "I"
     assert {loaded.pad_token_id, loaded.eos_token_id} == {0, 1}
+
+
+def test_a_model_folder_keeps_its_own_tokenizer_whatever_its_architecture(tmp_path):
+    grid_tokens.save(grid_tokens.build(), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    loaded = checkpoint.load_tokenizer(tmp_path)
+    words = ["h3", "w3", "r1", "a", compact.END, "5e-3"]
+    assert loaded(" ".join(words))["input_ids"] == grid_tokens.encode(words)
 
 
 def test_self_edits_survive_tokens_and_the_real_parser():
