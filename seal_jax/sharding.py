@@ -132,15 +132,19 @@ def adapters(
       stacked: Candidates first, over `data`; else one adapter, the same on all of `data`.
     """
     tree = lora.shapes(config, settings)
-    lead = (DATA,) if stacked else ()
-    model = mesh.shape[MODEL]
+    specs = _factors(tree, config, mesh.shape[MODEL], (DATA,) if stacked else ())
+    return jax.tree.map(lambda x: NamedSharding(mesh, x), specs, is_leaf=lambda x: isinstance(x, P))
+
+
+def _factors(tree: Adapter, config: ModelConfig, model: int, lead: tuple[str, ...]) -> Adapter:
+    """Returns the partition of each factor of an adapter."""
 
     def side(target: str, which: int) -> Any:
         return _axis(lora.PROJECTIONS[target][which], config, model) if model > 1 else None
 
     return tree.replace(
-        a={t: NamedSharding(mesh, P(*lead, None, side(t, 0), None)) for t in tree.a},
-        b={t: NamedSharding(mesh, P(*lead, None, None, side(t, 1))) for t in tree.b},
+        a={t: P(*lead, None, side(t, 0), None) for t in tree.a},
+        b={t: P(*lead, None, None, side(t, 1)) for t in tree.b},
     )
 
 
@@ -186,6 +190,75 @@ def bytes_per_device(config: ModelConfig, mesh: Mesh, layout: Layout, itemsize: 
     shapes, places = params_lib.shapes(config), weights(config, mesh, layout)
     parts = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))), shapes, places)
     return itemsize * sum(jax.tree.leaves(parts))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Returns arrays laid out as told; host arrays must be the same in every process.
+
+    Args:
+      shardings: A tree like `tree`, or one sharding for all of it.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(x: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+            return _relay(sharding)(x)
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def share_out(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns host arrays with a leading candidate axis, each candidate's on its device."""
+    return jax.device_put(tree) if mesh is None else place(tree, candidates(mesh))
+
+
+def share(tree: Any, mesh: Mesh | None) -> Any:
+    """Returns host arrays whole on every device."""
+    return jax.device_put(tree) if mesh is None else place(tree, replicated(mesh))
+
+
+@functools.cache
+def _relay(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns arrays as numpy, in every process the whole of them."""
+
+    def whole(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return _relay(replicated(x.sharding.mesh))(x)
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def whole(tree: Any) -> Any:
+    """Returns traced arrays constrained to lie whole on every device: what is to be fetched."""
+    if current() is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Returns a traced array constrained to lie over `data` by its first axis."""
+    return x if current() is None else jax.lax.with_sharding_constraint(x, P(DATA))
+
+
+def constrain_adapters(adapters: Adapter, config: ModelConfig) -> Adapter:
+    """Returns traced adapters [c, ...] constrained to lie with their candidates; see `adapters`."""
+    mesh = current()
+    if mesh is None:
+        return adapters
+    specs = _factors(adapters, config, mesh.shape[MODEL], (DATA,))
+    return jax.tree.map(jax.lax.with_sharding_constraint, adapters, specs)
 
 
 def constrain(x: jax.Array, letters: str, config: ModelConfig) -> jax.Array:
