@@ -27,6 +27,7 @@ def fit(
     trained: Any,
     slots: Slots,
     settings: config_lib.Inner | config_lib.Sft,
+    pin: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[Any, Measures]:
     """Returns what is trained after all its steps, and measures [i] of each, NaN past the last.
 
@@ -36,6 +37,7 @@ def fit(
     Args:
       loss_of: Called as loss_of(trained, tokens_bt, weights_bt, segments_bt).
       settings: schedule, warmup_steps, clip and weight_decay are read (static).
+      pin: Lays the loop's state out over devices; see `sharding.pin`.
     """
     room = slots.bucket_i.shape[0]
     rate = lambda step: optim.learning_rate(
@@ -45,7 +47,8 @@ def fit(
     def gradient(bucket: int, trained: Any, row: jax.Array) -> tuple[jax.Array, Any]:
         texts = (slots.tokens[bucket], slots.weights[bucket], slots.segments[bucket])
         texts = [jax.lax.dynamic_index_in_dim(x, row, keepdims=False) for x in texts]
-        return jax.value_and_grad(loss_of)(trained, *texts)
+        value, grads = jax.value_and_grad(loss_of)(trained, *texts)
+        return value, pin(grads)
 
     branches = [functools.partial(gradient, k) for k in range(len(slots.tokens))]
 
@@ -61,10 +64,10 @@ def fit(
         at = jnp.where(active, state.step, room)
         measures = jax.tree.map(lambda all_, one: all_.at[at].set(one, mode="drop"), measures, seen)
         state = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, state)
-        return state, measures
+        return pin(state), measures
 
     nothing = jnp.full(room, jnp.nan, jnp.float32)
-    start = (optim.init(trained), Measures(nothing, nothing, nothing))
+    start = (pin(optim.init(trained)), Measures(nothing, nothing, nothing))
     state, measures = jax.lax.fori_loop(0, slots.visits, visit, start)
     return state.trained, measures
 
@@ -82,7 +85,7 @@ def adapt(
     def loss_of(adapter, tokens_bt, weights_bt, segments_bt):
         return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
 
-    return fit(loss_of, adapter, slots, settings)
+    return fit(loss_of, adapter, slots, settings, lambda tree: sharding.pin(tree, params.config))
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"), donate_argnames=("adapters",))
@@ -98,14 +101,14 @@ def adapt_slots(
     one = functools.partial(adapt, settings=settings, remat=remat)
     axes = Slots(**_AXES)
     trained, measures = sharding.vmap(one, in_axes=(None, 0, axes))(params, adapters, slots)
-    return sharding.constrain_adapters(trained, params.config), sharding.whole(measures)
+    return sharding.pin(trained, params.config, stacked=True), sharding.whole(measures)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def init_many(config, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array) -> Adapter:
     """Returns a fresh adapter for each candidate; a candidate's depends on `key` and its id."""
     one = lambda name: lora.init(config, settings, jax.random.fold_in(key, name))
-    return sharding.constrain_adapters(sharding.vmap(one)(ids_c), config)
+    return sharding.pin(sharding.vmap(one)(ids_c), config, stacked=True)
 
 
 def recompute(settings: config_lib.Inner) -> bool:

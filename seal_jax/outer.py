@@ -161,7 +161,8 @@ def _program(settings: Sft) -> Sft:
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
 def _fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
     loss_of = functools.partial(_mean_loss, params, remat=remat)
-    adapter, measures = inner.fit(loss_of, adapter, slots, settings)
+    pin = functools.partial(sharding.pin, config=params.config)
+    adapter, measures = inner.fit(loss_of, adapter, slots, settings, pin)
     return adapter, sharding.whole(measures.loss)
 
 
@@ -175,7 +176,8 @@ def _fit_all(params, slots, *, settings: Sft, remat: bool):
         return _mean_loss(cast(trained), None, tokens_bt, weights_bt, segments_bt, remat=remat)
 
     start = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    trained, measures = inner.fit(loss_of, start, slots, settings)
+    pin = functools.partial(sharding.pin, config=params.config)
+    trained, measures = inner.fit(loss_of, start, slots, settings, pin)
     return cast(trained), sharding.whole(measures.loss)
 
 

@@ -158,7 +158,7 @@ def _take_local(adapters: Adapter, index: tuple[int, ...], parts: int, config: M
         split = leaf.reshape(parts, -1, *leaf.shape[1:])
         return split[:, np.array(index)].reshape(-1, *leaf.shape[1:])
 
-    return sharding.constrain_adapters(jax.tree.map(take, adapters), config)
+    return sharding.pin(jax.tree.map(take, adapters), config, stacked=True)
 
 
 def _tiles(prompts, rows_at_once: int, own: bool, parts: int = 1) -> list[_Tile]:

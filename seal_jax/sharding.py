@@ -91,7 +91,12 @@ def _axis(letter: str, config: ModelConfig, size: int, axis: Any = MODEL) -> Any
     return axis if count and count % size == 0 else None
 
 
-def spec(letters: Sequence[str], config: ModelConfig, mesh: Mesh, layout: Layout = "fsdp") -> P:
+def spec(
+    letters: Sequence[str],
+    config: ModelConfig,
+    mesh: Mesh | AbstractMesh,
+    layout: Layout = "fsdp",
+) -> P:
     """Returns the partition of a frozen weight with these dimensions.
 
     `fsdp` splits `d` over `data` and heads, `f` or `v` over `model`, each where the size divides;
@@ -252,13 +257,28 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return x if current() is None else jax.lax.with_sharding_constraint(x, P(DATA))
 
 
-def constrain_adapters(adapters: Adapter, config: ModelConfig) -> Adapter:
-    """Returns traced adapters [c, ...] constrained to lie with their candidates; see `adapters`."""
+def pin(tree: Any, config: ModelConfig, *, stacked: bool = False) -> Any:
+    """Returns a traced tree whose adapters and weights (Adam's moments too) lie by the rules.
+
+    Compilers guess layouts of a loop's state, and guess some of them whole on every device.
+
+    Args:
+      stacked: Adapters have a candidate axis here (inside of `sharding.vmap` they have none).
+    """
     mesh = current()
     if mesh is None:
-        return adapters
-    specs = _factors(adapters, config, mesh.shape[MODEL], (DATA,))
-    return jax.tree.map(jax.lax.with_sharding_constraint, adapters, specs)
+        return tree
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Adapter):
+            specs = _factors(x, config, mesh.shape[MODEL], (DATA,) if stacked else ())
+        elif isinstance(x, Params):
+            specs = params_lib.build(config, lambda _, w, shape: spec(w.dims, config, mesh))
+        else:
+            return x
+        return jax.tree.map(jax.lax.with_sharding_constraint, x, specs)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Adapter | Params))
 
 
 def constrain(x: jax.Array, letters: str, config: ModelConfig) -> jax.Array:
