@@ -74,6 +74,7 @@ def run(
     keys_cbq = jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: _key(key, i, q))(number)))(ids_cb)
 
     def choose(logits_cbqv, step):
+        logits_cbqv = sharding.constrain_rows(logits_cbqv)  # each device sorts its own
         if greedy:
             token = jnp.argmax(logits_cbqv, -1)
         else:
