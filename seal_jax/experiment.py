@@ -12,6 +12,7 @@ import numpy as np
 from seal_jax import (
     checkpoint,
     judge_model,
+    multihost,
     outer,
     progress,
     rewards,
@@ -60,6 +61,11 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     Raises:
       SealError: for settings that do not fit, before anything is computed.
     """
+    with multihost.together(cfg.distributed):
+        return _run(cfg, folder)
+
+
+def _run(cfg: Config, folder: str | Path | None) -> Report:
     task = load_task(cfg.task, judge_model.replies_of(cfg))
     check(cfg, task)
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
@@ -70,6 +76,7 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     summaries, policies = [], {"own self-edits": lm}
     policy = control = lm
     for number in range(cfg.outer.rounds):
+        multihost.check()
         contexts = _contexts(task, number, cfg)
         policy, summary = one_round(policy, task, contexts, path, number, cfg, metrics)
         summaries.append(summary)
@@ -194,7 +201,7 @@ def base_rewards(
             )
         ]
         runs.write_lines(file, rows)
-        found = {row["context"]: row["reward"] for row in rows}
+        found = {row["context"]: row["reward"] for row in runs.records(file)}
     return [found[context.id] for context in contexts]
 
 

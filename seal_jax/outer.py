@@ -16,8 +16,10 @@ import numpy as np
 
 from seal_jax import (
     batching,
+    files,
     inner,
     lora,
+    multihost,
     optim,
     progress,
     rewards,
@@ -202,6 +204,7 @@ def write_edits(
                 made = rewards.write(lm, task, some, n, key, cfg, pad_to=longest)
                 rows = [_edit_record(one) for of_context in made for one in of_context]
                 runs.append(file, [r for r in rows if (r["context"], r["index"]) not in seen])
+                multihost.check()
             advance(len(wanted))
     by_place = {(row["context"], row["index"]): row["text"] for row in runs.records(file)}
     return [SelfEdit(c, i, by_place[c.id, i]) for c in contexts for i in range(n)]
@@ -243,6 +246,7 @@ def test_edits(
                 rows = [_reward_record(edits[x.at], seed, x) for x in outcomes]
                 fresh = [r for r in rows if (r["context"], r["index"], seed) not in seen]
                 runs.append(file, fresh)
+                multihost.check()
                 advance(len(rows))
                 count += len(rows)
                 total = rewards.Efficiency(*(a + b for a, b in zip(total, part, strict=True)))
@@ -295,14 +299,16 @@ def train_policy(lm: LM, kept: Sequence[Scored], folder: Path, key: jax.Array, c
 
     Without a kept self-edit the model stays as it is.
     """
-    if not folder.exists() and kept:
+    saved = files.exists(folder)
+    if not saved and kept:
         rows = [(x.prompt, x.text) for x in kept]
         params, losses = finetune(lm, rows, cfg.outer.sft, key)
         state.save_tree(folder, params)
+        saved = True
         progress.say(
             f"finetune ({folder.parent.name}): {len(rows)} self-edits, {len(losses)} steps, "
             f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
         )
-    if not folder.exists():
+    if not saved:
         return lm
     return lm._replace(params=state.load_tree(folder, lm.params))

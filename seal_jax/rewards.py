@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, inner, sampling, sharding
+from seal_jax import batching, inner, multihost, sampling, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -140,7 +140,7 @@ def score(
         raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")
     each = [context for context in contexts for _ in range(c // len(contexts))]
     answers = answer(lm, task, each, adapters, cfg)
-    grades = [task.grade(context, own) for context, own in zip(each, answers, strict=True)]
+    grades = [_grade(task, context, own) for context, own in zip(each, answers, strict=True)]
     return Scores(np.array([g.reward for g in grades]), answers, [g.verdicts for g in grades])
 
 
@@ -207,8 +207,13 @@ def _outcome(task, edit, place, answers, losses, candidate) -> Outcome:
     if not np.isfinite(losses).all():
         error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
     first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
-    grade = task.grade(edit.context, answers)
+    grade = _grade(task, edit.context, answers)
     return Outcome(place, grade, answers, len(losses), first, last, error)
+
+
+def _grade(task: Task, context: Context, answers: list[str]) -> Grade:
+    """Returns the grade; of several processes only the one that writes records asks the judge."""
+    return task.grade(context, answers) if multihost.leads() else Grade(0.0, ())
 
 
 def _number(value: Any) -> float | None:
