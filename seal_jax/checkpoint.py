@@ -63,9 +63,9 @@ def load_model(
     kind = dtype or model.dtype
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    params = read_params(folder, config, jnp.dtype(kind))
-    if mesh is not None and mesh.size > 1:
-        params = sharding.place(params, sharding.weights(config, mesh))
+    split = mesh is not None and mesh.size > 1
+    places = sharding.weights(config, mesh) if split else None
+    params = read_params(folder, config, jnp.dtype(kind), places)
     return LM(params, load_tokenizer(folder), config, folder)
 
 
@@ -181,8 +181,8 @@ def read_params(
             _fill(out[at], tensor, ranges[1:], weight.transposed)
         return out
 
-    def leaf(weight: params_lib.Weight, shape: tuple[int, ...], sharding: Any) -> jax.Array:
-        if sharding is None:
+    def leaf(weight: params_lib.Weight, shape: tuple[int, ...], home: Any) -> jax.Array:
+        if home is None:
             return jnp.asarray(read(weight, shape, (slice(None),) * len(shape)))
         seen: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading
 
@@ -192,7 +192,7 @@ def read_params(
                 seen[name] = read(weight, shape, index)
             return seen[name]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback(shape, home, part)
 
     wanted = {}
     params_lib.build(config, lambda name, weight, shape: wanted.update({name: (weight, shape)}))
