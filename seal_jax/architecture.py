@@ -51,6 +51,16 @@ def known(path: str) -> ModelConfig | None:
     return PUBLIC.get(path.removesuffix("-Instruct"))
 
 
+def find(path: str) -> ModelConfig:
+    """Returns the architecture of a folder, a public model by its id, or what the hub has."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and known(path) is not None:
+        return known(path)
+    from seal_jax import checkpoint  # which reads architectures itself
+
+    return read_config(checkpoint.find(path, weights=False))
+
+
 def read_config(folder: Path) -> ModelConfig:
     """Returns the architecture in config.json, in transformers 4's or 5's spelling.
 

@@ -69,7 +69,7 @@ def load_model(
     return LM(params, load_tokenizer(folder), config, folder)
 
 
-def find(path: str, revision: str | None = None) -> Path:
+def find(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a model; a hub id is downloaded (weights, JSON and templates only)."""
     if path in BUILT_IN:
         return BUILT_IN[path]
@@ -83,10 +83,10 @@ def find(path: str, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        wanted = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
-        return Path(
-            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted)
-        )
+        # Never code, nor weights as pickles; of subfolders nothing.
+        wanted = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
+        chosen = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # the hub's many exceptions, network errors among them
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SealError(

@@ -33,6 +33,13 @@ CHIPS = {
     "v6e": Chip(918e12, 1640e9, 400e9),
     "tpu7x": Chip(1153e12, 3690e9, 600e9, chips=0.5, axes=3),
 }
+MEMORY = {  # bytes of a device that the compiler allows a program
+    "v4": int(30.75 * GIB),
+    "v5e": int(15.75 * GIB),
+    "v5p": int(95.74 * GIB),
+    "v6e": int(31.25 * GIB),
+    "tpu7x": int(94.75 * GIB),
+}
 GPUS = {  # by a part of the device's name; dense bfloat16
     "H200": Chip(989e12, 4800e9, 900e9),
     "H100": Chip(989e12, 3350e9, 900e9),

@@ -18,8 +18,6 @@ from seal_jax.config import Config
 from seal_jax.params import ModelConfig
 from seal_jax.slots import Slots
 
-DTYPE = jnp.bfloat16
-
 
 class Memory(NamedTuple):
     """Bytes on each device while a program runs."""
@@ -28,11 +26,14 @@ class Memory(NamedTuple):
     outputs: int  # those that do not take the place of an argument
     temporaries: int
     code: int
-    peak: int  # as the compiler reckons it; 0 where it does not say
+    peak: int  # all but the code, as the compiler reckons it; 0 where it does not say
 
     @property
     def total(self) -> int:
-        return max(self.peak, self.arguments + self.outputs + self.temporaries + self.code)
+        """What is there at once. The sum counts temporaries that never live together: compilers
+        accept programs whose sum is far beyond the device."""
+        least = self.arguments + self.outputs
+        return max(self.peak or least + self.temporaries, least) + self.code
 
 
 class TooBig(Exception):
@@ -46,7 +47,8 @@ class TooBig(Exception):
 def weights(config: ModelConfig, mesh: Mesh, layout: sharding.Layout = "fsdp") -> Any:
     """Returns the weights as shapes with shardings."""
     places = sharding.weights(config, mesh, layout)
-    return _placed(params_lib.shapes(config, DTYPE), places)
+    cpu = mesh.devices.flat[0].platform == "cpu"  # as `checkpoint.load_model` chooses
+    return _placed(params_lib.shapes(config, jnp.float32 if cpu else jnp.bfloat16), places)
 
 
 def inner_loop(
@@ -144,7 +146,7 @@ def compiled(lowered: Any) -> Any:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", str(error))
+        said = re.search(r"(?:[Uu]sed |\()([\d.]+)([KMG])\)? (?:of|exceeds)", str(error))
         scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
         raise TooBig(said and int(float(said[1]) * scale[said[2]])) from error
 
