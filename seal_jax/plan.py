@@ -17,7 +17,6 @@ from seal_jax import config as config_lib
 from seal_jax import hardware
 from seal_jax.config import Config
 from seal_jax.errors import SealError
-from seal_jax.hardware import GIB
 from seal_jax.plan_search import Fit, search
 from seal_jax.progress import say
 
@@ -194,7 +193,10 @@ def _plan(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
             lambda c: programs.inner_loop(config, cfg, mesh, c, tokens),
             copy,
         )
-        guess = 0.5 * max(limit - held["weights"] - copy, 0) * parts / (adapter + 50 * GIB / 1e3)
+        # Adapter, moments, gradient; inputs of layers; a layer at work; some logits.
+        each = adapter + itemsize * tokens * (config.n_layers * config.d_model + 6 * config.d_ff)
+        each += 2 * 4 * 128 * config.vocab_size
+        guess = max(limit - held["weights"] - copy, 0) * parts / each
         stages["inner"] = find(at, own, parts, edits, int(guess))
     chunk = stages["inner"].count if "inner" in stages else own or parts
     if "answer" in request.stages and chunk:

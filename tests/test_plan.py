@@ -34,8 +34,7 @@ def facts() -> dict:
 
 def shapes_moved(line: str) -> list[list[int]]:
     """Returns the shapes a collective moves between devices; none if each is alone in its group."""
-    groups = re.search(r"replica_groups=\{(.*?)\}[,\s]", line + " ")
-    if groups and re.fullmatch(r"(\{\d+\},?)*", groups[1]):
+    if re.search(r"replica_groups=\{(\{\d+\},?)+\}", line):
         return []
     result = re.split(r" (?:all|collective|reduce)-[a-z-]+\(", line.split("= ", 1)[1])[0]
     return [
