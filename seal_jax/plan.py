@@ -22,7 +22,7 @@ from seal_jax.progress import say
 
 HEAD_ROOM = 0.1
 _WORKER = "import sys; from seal_jax import plan; sys.exit(plan.worker())"
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # not on a TPU machine: ask no metadata server
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -62,7 +62,7 @@ def make(request: Request) -> dict[str, Any]:
                 "plans for a TPU need its compiler, libtpu: pip install 'seal_jax[tpu]' "
                 "(no TPU is needed)"
             )
-        env |= _ENVIRONMENT
+        env |= ENVIRONMENT
         env.setdefault("JAX_OPTIMIZATION_LEVEL", "O1")  # a third of the time to compile
     told = request._asdict() | {"settings": config_lib.to_dict(request.settings)}
     answer: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def worker() -> int:
     tell = lambda **message: print(json.dumps(message), flush=True)
     told["stages"] = tuple(told["stages"])
     try:
-        tell(plan=_plan(Request(settings, **told), lambda text: tell(say=text)))
+        tell(plan=compile_all(Request(settings, **told), lambda text: tell(say=text)))
     except SealError as error:
         tell(error=str(error))
     return 0
@@ -140,7 +140,8 @@ def _place(topology: str | None) -> Place:
     return Place(topology, list(found.devices), wanted.chip, hardware.MEMORY[wanted.kind])
 
 
-def _plan(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
+def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Returns the plan; compiles in this process, which must have the environment for it."""
     from seal_jax import architecture, costs, inner, programs, sampling, sharding
 
     cfg, place = request.settings, _place(request.topology)

@@ -25,7 +25,7 @@ HEAD_ROOM = 0.9
 def facts() -> dict:
     """What the compiler says of Qwen2.5-7B, rank 32 on all seven projections, for a v5e-8."""
     pytest.importorskip("libtpu")
-    env = os.environ | plan._ENVIRONMENT | {"JAX_OPTIMIZATION_LEVEL": "O1", "SEAL_JAX_CACHE": ""}
+    env = os.environ | plan.ENVIRONMENT | {"JAX_OPTIMIZATION_LEVEL": "O1", "SEAL_JAX_CACHE": ""}
     command = [sys.executable, str(ROOT / "tests" / "workers" / "aot.py"), str(SEVEN)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -42,27 +42,28 @@ def shapes_moved(line: str) -> list[list[int]]:
     ]
 
 
-def test_forty_candidates_of_a_7b_model_fit_a_v5e_8_with_head_room(facts):
+def test_a_7b_model_on_a_v5e_8(facts):
+    """One test, since the programs compile for minutes: test runners split a module's tests."""
+    allowed = HEAD_ROOM * facts["allowed"]
+    # 40 candidates fit with head-room; adapters were donated, so only measures come out.
     memory = facts["inner 40"]
-    needed = max(memory["peak"], memory["arguments"] + memory["outputs"]) + memory["code"]
-    assert memory["peak"] and needed < HEAD_ROOM * facts["allowed"]
-    # The adapters were donated: nothing new comes out but the measures.
+    assert memory["peak"] and memory["peak"] + memory["code"] < allowed
     assert memory["outputs"] < GIB / 100
-
-
-def test_eighty_are_refused_by_the_compiler_which_says_how_much_is_missing(facts):
+    # 64 are refused for want of head-room, 80 by the compiler, which says what they need.
+    assert facts["inner 64"]["fits"] is False and facts["inner 64"]["bytes"] > allowed
+    assert "does NOT fit (inner loops)" in facts["verdict 64"]
     assert facts["inner 80"] > facts["allowed"]
-
-
-def test_the_kernel_is_in_the_program_and_nothing_goes_to_the_host(facts):
-    assert facts["kernels"] >= 3, "forward, and the gradients of q and of k and v"
-    assert not facts["float64"] and not facts["transfers"]
-
-
-def test_no_collective_moves_an_adapter(facts):
+    # The kernel is in the program (forward, and gradients of q and of k and v), no float64, and
+    # nothing goes to the host.
+    assert facts["kernels"] >= 3 and not facts["float64"] and not facts["transfers"]
+    # Collectives gather frozen weights, and none moves an adapter.
     moved = [shape for line in facts["collectives"] for shape in shapes_moved(line)]
-    assert any(3584 in shape or 448 in shape for shape in moved), "frozen weights are gathered"
+    assert any(3584 in shape or 448 in shape for shape in moved)
     assert not [shape for shape in moved if facts["rank"] in shape]
+    # Generation fits beside the weights that training keeps.
+    resident = 2 * costs.matrix_numbers(architecture.find("Qwen/Qwen2.5-7B")) / facts["devices"]
+    assert facts["layout"] == "tensor"
+    assert facts["answer 32"]["peak"] + resident < allowed
 
 
 def test_an_adapter_that_moves_would_be_seen():
@@ -75,14 +76,6 @@ def test_an_adapter_that_moves_would_be_seen():
     assert [5, 3584, 32] in shapes_moved(pair)
     alone = line.replace("replica_groups=[1,8]<=[8]", "replica_groups={{0},{1},{2}}")
     assert shapes_moved(alone) == []
-
-
-def test_generation_fits_beside_the_resident_weights(facts):
-    memory = facts["answer 32"]
-    model = architecture.find("Qwen/Qwen2.5-7B")
-    resident = 2 * costs.matrix_numbers(model) / facts["devices"]
-    assert facts["layout"] == "tensor"
-    assert memory["peak"] + resident < HEAD_ROOM * facts["allowed"]
 
 
 @pytest.mark.parametrize(("fixed", "each", "most"), [(3.0, 0.2, 250), (9.9, 0.31, 64), (1, 1, 8)])

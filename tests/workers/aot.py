@@ -6,7 +6,7 @@ import sys
 
 from jax.experimental import topologies
 
-from seal_jax import architecture, config, hardware, programs, sharding
+from seal_jax import architecture, config, hardware, plan, plan_text, programs, sharding
 
 TOKENS = 1024
 _COLLECTIVE = re.compile(
@@ -32,6 +32,9 @@ def main() -> None:
         "transfers": [word for word in ("infeed", "outfeed", "host-compute") if f" {word}(" in hlo],
         "collectives": [line.strip() for line in hlo.splitlines() if _COLLECTIVE.search(line)],
     }
+    request = plan.Request(cfg, "v5e-8", TOKENS, candidates=64, stages=("inner",))
+    refused = plan.compile_all(request, lambda text: None)
+    facts |= {"inner 64": refused["stages"]["inner"], "verdict 64": plan_text.verdict(refused)}
     try:
         programs.compiled(programs.inner_loop(model, cfg, mesh, 80, TOKENS))
         facts["inner 80"] = "compiled"
