@@ -289,7 +289,9 @@ def table_text(table: Sequence[Row]) -> str:
 
 
 def print_report(report: Report) -> None:
-    """Prints the table, or the rounds' figures where nothing was held out."""
+    """Prints the table, or the rounds' figures where nothing was held out; process 0 alone."""
+    if not multihost.leads():
+        return
     if report.table:
         print(table_text(report.table))
     else:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -85,7 +86,7 @@ def _several_hosts() -> bool:
 
 def leads() -> bool:
     """Returns whether this is process 0, the one that reads, writes and judges."""
-    return jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def agree(act: Callable[[], bytes]) -> bytes:
@@ -109,6 +110,13 @@ def agree(act: Callable[[], bytes]) -> bytes:
     if message[:1] == b"-":
         raise SealError(message[1:].decode())
     return message[1:]
+
+
+def broadcast(array: np.ndarray) -> np.ndarray:
+    """Returns process 0's array; the others give one of the same shape and type."""
+    if jax.process_count() == 1:
+        return array
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def _broadcast(message: bytes) -> bytes:
@@ -195,6 +203,8 @@ def _watch(settings: config_lib.Distributed) -> Callable[[str], None]:
             tell(own, skip=number)
             advice = "records are saved; start all processes again to go on"
             print(f"seal-jax: {own}: {advice}", file=sys.stderr, flush=True)
+            if leads():
+                time.sleep(1)  # without its coordinator JAX aborts the others before they can speak
             os._exit(LOST)  # the main thread may be waiting in a collective for ever
 
     for number, line in lines.items():

@@ -182,8 +182,8 @@ def decode_layout(
     if settings.decode != "auto":
         return settings.decode
     if memory is None:
-        stats = mesh.devices.flat[0].memory_stats() if mesh.devices.size else None
-        memory = (stats or {}).get("bytes_limit")
+        own = next((d for d in mesh.devices.flat if d.process_index == jax.process_index()), None)
+        memory = ((own and own.memory_stats()) or {}).get("bytes_limit")
     for layout in ("replicated", "tensor"):
         if memory is None or bytes_per_device(config, mesh, layout, itemsize) <= _ROOM * memory:
             return layout
@@ -237,12 +237,14 @@ def _relay(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 def fetch(tree: Any) -> Any:
     """Returns arrays as numpy, in every process the whole of them."""
 
-    def whole(x: Any) -> Any:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return x
-        return _relay(replicated(x.sharding.mesh))(x)
+    return jax.device_get(jax.tree.map(gather, tree))
 
-    return jax.device_get(jax.tree.map(whole, tree))
+
+def gather(x: Any) -> Any:
+    """Returns an array that this process can read whole."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return _relay(replicated(x.sharding.mesh))(x)
 
 
 def whole(tree: Any) -> Any:

@@ -50,7 +50,9 @@ def inner_loop(lm: LM):
     for name, leaf in sharding.fetch({"a": adapters.a, "b": adapters.b}).items():
         yield from ((f"{name}_{target}", value) for target, value in leaf.items())
     # Candidates with 0, 1 and 2 prompts.
-    prompts = [[[1 + (7 * c + b + i) % 36 for i in range(4)] for b in range(c % 3)] for c in range(7)]
+    prompts = [
+        [[1 + (7 * c + b + i) % 36 for i in range(4)] for b in range(c % 3)] for c in range(7)
+    ]
     answers = sampling.decode(lm, prompts, adapters, max_tokens=6)
     flat = [x for rows in answers for row in rows for x in row]
     yield "greedy", np.concatenate([x.tokens for x in flat])
