@@ -17,7 +17,6 @@ from seal_jax import config as config_lib
 from seal_jax import hardware
 from seal_jax.config import Config
 from seal_jax.errors import SealError
-from seal_jax.plan_search import Fit, search
 from seal_jax.progress import say
 
 HEAD_ROOM = 0.1
@@ -142,93 +141,40 @@ def _place(topology: str | None) -> Place:
 
 def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
     """Returns the plan; compiles in this process, which must have the environment for it."""
-    from seal_jax import architecture, costs, inner, programs, sampling, sharding
+    from seal_jax import architecture, costs, plan_stages, programs, sharding
 
     cfg, place = request.settings, _place(request.topology)
     config = architecture.find(cfg.model.path)
     mesh = sharding.make(cfg.mesh, place.devices)
-    parts, limit = sharding.data_size(mesh), int(place.limit * (1 - HEAD_ROOM))
-    weights = programs.weights(config, mesh)
-    itemsize = weights.embed.dtype.itemsize
-    layout = sharding.decode_layout(config, cfg.mesh, mesh, itemsize, place.limit)
-    held = {"weights": sharding.bytes_per_device(config, mesh, "fsdp", itemsize)}
-    held["weights laid out for generation"] = 0
-    if mesh.size > 1 and layout != "fsdp":
-        held["weights laid out for generation"] = sharding.bytes_per_device(
-            config, mesh, layout, itemsize
-        )
-    elif mesh.size == 1:
-        layout = "fsdp"
-    copy = held["weights laid out for generation"]
-    work = costs.Workload()
-
-    def measure(label: str, lower: Callable[[int], Any], extra: int) -> Callable[[int], Fit]:
-        def at(count: int) -> Fit:
-            tell(f"compiling {label} for {place.name}: {count} at once")
-            try:
-                memory = programs.memory(programs.compiled(lower(count)))
-            except programs.TooBig as error:
-                return Fit(count, error.needed and error.needed + extra, None, False)
-            total = memory.total + extra
-            return Fit(count, total, memory._asdict() | {"held besides": extra}, total <= limit)
-
-        return at
-
-    def find(at: Callable[[int], Fit], wanted: int, unit: int, most: int, first: int) -> Any:
-        if wanted:
-            return at(-(-wanted // unit) * unit)
-        return search(at, limit, unit, max(unit, -(-most // unit) * unit), first)
-
-    edits = cfg.outer.contexts * cfg.sampling.n
-    sequence = costs.cache_bytes(config, itemsize) * (work.prompt / cfg.sampling.n)
-    sequence += costs.cache_bytes(config, itemsize) * cfg.sampling.max_tokens
-    sequence += 6 * 4 * config.vocab_size  # logits, sorted and not
-    room = max(limit - held["weights"] - copy, 0) * mesh.size / sequence
-    adapter = 4 * 4 * costs.adapter_numbers(config, cfg.lora)
-    tokens = min(request.tokens, cfg.inner.max_length)
-    own = request.candidates or cfg.inner.chunk
-    stages: dict[str, Fit] = {}
+    itemsize = programs.weights(config, mesh).embed.dtype.itemsize
+    layout, copy = "fsdp", 0
+    if mesh.size > 1:
+        layout = sharding.decode_layout(config, cfg.mesh, mesh, itemsize, place.limit)
+    if layout != "fsdp":
+        copy = sharding.bytes_per_device(config, mesh, layout, itemsize)
+    own = plan_stages.Setting(
+        cfg=cfg,
+        config=config,
+        mesh=mesh,
+        limit=int(place.limit * (1 - HEAD_ROOM)),
+        layout=layout,
+        weights=sharding.bytes_per_device(config, mesh, "fsdp", itemsize),
+        copy=copy,
+        itemsize=itemsize,
+        tokens=min(request.tokens, cfg.inner.max_length),
+        work=costs.Workload(),
+        tell=lambda text: tell(f"{place.name}: {text}"),
+    )
+    wanted, stages = request.candidates or cfg.inner.chunk, {}
     if "inner" in request.stages:
-        at = measure(
-            f"the inner loop of {tokens} tokens",
-            lambda c: programs.inner_loop(config, cfg, mesh, c, tokens),
-            copy,
-        )
-        # Adapter, moments, gradient; inputs of layers; a layer at work; some logits.
-        each = adapter + itemsize * tokens * (config.n_layers * config.d_model + 6 * config.d_ff)
-        each += 2 * 4 * 128 * config.vocab_size
-        guess = max(limit - held["weights"] - copy, 0) * parts / each
-        stages["inner"] = find(at, own, parts, edits, int(guess))
-    chunk = stages["inner"].count if "inner" in stages else own or parts
+        stages["inner"] = plan_stages.inner(own, wanted)
+    chunk = stages["inner"].count if "inner" in stages else wanted or own.parts
     if "answer" in request.stages and chunk:
-        # A tile holds as many adapters as its rows permit; all of the chunk's stay in memory.
-        rows = (cfg.answers.chunk or parts * sampling.ROWS["other"]) // (8 * parts)
-        tile = max(1, min(chunk // parts, rows)) * parts
-        extra = held["weights"] if copy else 0
-        extra += adapter // 4 * (chunk if tile < chunk else 0) // parts
-        at = measure(
-            "answers",
-            lambda c: programs.answering(config, cfg, mesh, c, 8, work.question, layout),
-            extra,
-        )
-        stages["answer"] = at(tile)
+        stages["answer"] = plan_stages.answer(own, chunk)
     if "write" in request.stages:
-        unit = parts * cfg.sampling.n
-        at = measure(
-            f"self-edits of {cfg.sampling.max_tokens} tokens",
-            lambda c: programs.writing(config, cfg, mesh, c, work.prompt, layout),
-            held["weights"] if copy else 0,
-        )
-        stages["write"] = find(at, cfg.sampling.chunk, unit, edits, int(0.8 * room))
+        stages["write"] = plan_stages.write(own)
     if "finetune" in request.stages:
-        length = min(cfg.outer.sft.max_length, work.prompt + cfg.sampling.max_tokens, 1024)
-        # The weights before and after the merge are there together.
-        at = measure(
-            f"finetuning on texts of {length} tokens",
-            lambda c: programs.finetuning(config, cfg, mesh, length),
-            held["weights"] + copy,
-        )
-        stages["finetune"] = at(cfg.outer.sft.batch_size)
+        stages["finetune"] = plan_stages.finetune(own)
     result = {
         "model": cfg.model.path,
         "devices": place.name,
@@ -237,42 +183,34 @@ def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]
         "decode layout": layout if mesh.size > 1 else "whole",
         "bytes allowed": place.limit,
         "head-room": HEAD_ROOM,
-        "tokens": tokens,
+        "tokens": own.tokens,
         "lora": dataclasses.asdict(cfg.lora),
         "fits": all(fit.fits for fit in stages.values()),
-        "held": held
-        | {
-            "one adapter": adapter // 4,
-            "one adapter's moments and gradient": 3 * adapter // 4,
+        "held": {
+            "weights": own.weights,
+            "weights laid out for generation": copy,
+            "one adapter": own.adapter,
+            "one adapter's moments and gradient": 3 * own.adapter,
         },
         "stages": {name: fit._asdict() for name, fit in stages.items()},
-        "recomputed layers": inner.recompute(cfg.inner) or cfg.inner.remat != "none",
     }
-    if place.chip is not None and chunk:
-        writers = stages["write"].count if "write" in stages else 0
-        floors = costs.round_of(
-            config,
-            cfg,
-            place.chip,
-            mesh,
-            layout,
-            chunk=chunk,
-            writers=writers or parts,
-            work=work,
-        )
-        seconds = sum(floor.seconds for floor in floors.values()) / work.efficiency
-        result |= {
-            "peak": place.chip._asdict(),
-            "round": {k: f._asdict() | {"seconds": f.seconds} for k, f in floors.items()},
-            "flops": sum(f.flops for f in floors.values()),
-            "hours": seconds / 3600,
-            "chip hours": seconds / 3600 * mesh.size * place.chip.chips,
-            "assumed": work._asdict()
-            | {
-                "contexts": cfg.outer.contexts,
-                "self-edits": cfg.sampling.n,
-                "seeds": cfg.outer.seeds,
-                "epochs": cfg.inner.epochs,
-            },
-        }
-    return result
+    if place.chip is None or not chunk:
+        return result
+    writers = stages["write"].count if "write" in stages else 0
+    counts = {"chunk": chunk, "writers": writers or own.parts}
+    floors = costs.round_of(config, cfg, place.chip, mesh, layout, work=own.work, **counts)
+    hours = sum(floor.seconds for floor in floors.values()) / own.work.efficiency / 3600
+    settings = {
+        "contexts": cfg.outer.contexts,
+        "self-edits": cfg.sampling.n,
+        "seeds": cfg.outer.seeds,
+        "epochs": cfg.inner.epochs,
+    }
+    return result | {
+        "peak": place.chip._asdict(),
+        "round": {name: x._asdict() | {"seconds": x.seconds} for name, x in floors.items()},
+        "flops": sum(floor.flops for floor in floors.values()),
+        "hours": hours,
+        "chip hours": hours * mesh.size * place.chip.chips,
+        "assumed": own.work._asdict() | settings,
+    }
