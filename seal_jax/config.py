@@ -312,6 +312,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Returns the settings that `to_dict` made plain."""
+    return pydantic.TypeAdapter(Config).validate_python(tree)
+
+
 def dump(config: Config) -> str:
     """Returns the settings as YAML that `load_config` reads back unchanged."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -126,7 +126,9 @@ def hidden(
 
         def attend(q, k, v):
             kept.extend([k.swapaxes(1, 2), v.swapaxes(1, 2)] if keep_keys else [])
-            return attention.attend(q, k, v, mask)
+            # Keys are kept to generate from, where nothing is differentiated.
+            own = {"recomputed": remat or keep_keys}
+            return attention.attend_rows(q, k, v, mask, segments_bt, **own)
 
         x_btd = sharding.constrain(x_btd, "btd", config)
         x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend)

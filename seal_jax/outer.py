@@ -6,9 +6,9 @@ run that was killed goes on where it stopped and ends with the records it would 
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +104,14 @@ def finetune(
     (chunk,) = slots_lib.arrange(batch, 1, key)
     mesh = sharding.of(lm.params)
     slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)
-    program = {"settings": _program(settings), "remat": jax.default_backend() != "cpu"}
+    static = {"settings": program(settings), "remat": jax.default_backend() != "cpu"}
     with sharding.use(mesh):
         if settings.method == "full":
-            params, losses = _fit_all(lm.params, slots, **program)
+            params, losses = fit_all(lm.params, slots, **static)
         else:
             own = sharding.share(key, mesh)
             adapter = jax.jit(lora.init, static_argnums=(0, 1))(lm.config, settings.lora, own)
-            adapter, losses = _fit_lora(lm.params, adapter, slots, **program)
+            adapter, losses = fit_lora(lm.params, adapter, slots, **static)
             params = lora.merge(lm.params, adapter)
     if mesh is not None:
         params = sharding.place(params, jax.tree.map(lambda x: x.sharding, lm.params))
@@ -126,16 +126,25 @@ def finetune(
 
 def _one(slots: slots_lib.Slots, parts: int) -> slots_lib.Slots:
     """Returns the only candidate's arrays, rows filled up to a multiple of `parts`."""
-    own = {
-        name: jax.tree.map(lambda x: x[0], getattr(slots, name))
-        for name in slots_lib.Slots.__dataclass_fields__
-        if name not in slots_lib.SHARED
-    }
+    own = one_candidate(slots, lambda x: x[0])
     # Segment 0 and weight 0: rows that see nothing and count nothing.
     fill = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
-    for name in ("tokens", "weights", "segments"):
-        own[name] = tuple(fill(x) for x in own[name])
-    return slots.replace(**own)
+    filled = {
+        name: tuple(fill(x) for x in getattr(own, name))
+        for name in ("tokens", "weights", "segments")
+    }
+    return own.replace(**filled)
+
+
+def one_candidate(slots: slots_lib.Slots, take: Callable[[Any], Any]) -> slots_lib.Slots:
+    """Returns arrays without their candidate axis, which `take` takes away."""
+    return slots.replace(
+        **{
+            name: jax.tree.map(take, getattr(slots, name))
+            for name in slots_lib.Slots.__dataclass_fields__
+            if name not in slots_lib.SHARED
+        }
+    )
 
 
 def _mean_loss(params, adapter, tokens_bt, weights_bt, segments_bt, *, remat: bool) -> jax.Array:
@@ -150,7 +159,7 @@ def _mean_loss(params, adapter, tokens_bt, weights_bt, segments_bt, *, remat: bo
     return jnp.sum(sharding.vmap(one)(*split) * count) / jnp.maximum(jnp.sum(count), 1e-9)
 
 
-def _program(settings: Sft) -> Sft:
+def program(settings: Sft) -> Sft:
     """Returns only what shapes the program."""
     return Sft(
         schedule=settings.schedule,
@@ -161,7 +170,7 @@ def _program(settings: Sft) -> Sft:
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def _fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
+def fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
     loss_of = functools.partial(_mean_loss, params, remat=remat)
     pin = functools.partial(sharding.pin, config=params.config)
     adapter, measures = inner.fit(loss_of, adapter, slots, settings, pin)
@@ -169,7 +178,7 @@ def _fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def _fit_all(params, slots, *, settings: Sft, remat: bool):
+def fit_all(params, slots, *, settings: Sft, remat: bool):
     # Trained in float32, used in the model's own type.
     used = jax.tree.map(lambda x: x.dtype, params)
     cast = lambda tree: jax.tree.map(lambda x, dtype: x.astype(dtype), tree, used)

@@ -20,7 +20,7 @@ from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_ROWS = {"cpu": 64, "other": 256}  # sequences decoded together by default
+ROWS = {"cpu": 64, "other": 256}  # sequences decoded together by default
 
 
 class Output(NamedTuple):
@@ -76,7 +76,7 @@ def decode(
     kind = "cpu" if jax.default_backend() == "cpu" else "other"
     mesh = sharding.of(lm.params)
     parts = sharding.data_size(mesh)
-    rows_at_once = max(1, (chunk or parts * _ROWS[kind]) // samples)
+    rows_at_once = max(1, (chunk or parts * ROWS[kind]) // samples)
     results = [[[] for _ in rows] for rows in prompts]
     if own:
         prompts, adapters = _filled(prompts, adapters, mesh)
