@@ -15,8 +15,8 @@ import safetensors
 import safetensors.numpy
 
 from seal_jax import config as config_lib
+from seal_jax import files, runtime, sharding
 from seal_jax import params as params_lib
-from seal_jax import runtime, sharding
 from seal_jax.architecture import read_config, write_config
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params
@@ -70,13 +70,19 @@ def load_model(
 
 
 def find(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Returns the folder of a model; a hub id is downloaded (weights, JSON and templates only)."""
+    """Returns the folder of a model on this machine.
+
+    What lies on the hub or in a bucket (gs://) is downloaded: weights, JSON and templates only.
+    """
     if path in BUILT_IN:
         return BUILT_IN[path]
+    wanted = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
     folder = Path(path).expanduser()
-    if folder.exists():
+    if "://" in path:
+        folder = files.local_copy(files.path(path), tuple(wanted))
+    if folder.exists() or "://" in path:
         if not (folder / "config.json").is_file():
-            raise SealError(f"{folder}: no config.json there, so it is not a model folder")
+            raise SealError(f"{path}: no config.json there, so it is not a model folder")
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise SealError(f"{path}: no such folder, and not a hub id such as Qwen/Qwen2.5-0.5B")
@@ -84,7 +90,6 @@ def find(path: str, revision: str | None = None, *, weights: bool = True) -> Pat
 
     try:
         # Never code, nor weights as pickles; of subfolders nothing.
-        wanted = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
         chosen = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
         return Path(huggingface_hub.snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # the hub's many exceptions, network errors among them

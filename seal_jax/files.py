@@ -4,9 +4,11 @@ Every process gets what process 0 read, so nothing depends on a shared file syst
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from etils import epath
@@ -106,12 +108,15 @@ def local_copy(folder: AnyPath, patterns: tuple[str, ...]) -> Path:
     home = Path(os.environ.get("SEAL_JAX_CACHE") or "~/.cache/seal_jax").expanduser()
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     copy = home / "models" / f"{folder.name}-{name}"
-    for file in [file for pattern in patterns for file in folder.glob(pattern)]:
+    for file in folder.iterdir() if folder.exists() else ():
+        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+            continue
         target = copy / file.name
         if target.exists() and target.stat().st_size == file.stat().length:
             continue
         copy.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{file.name}.{os.getpid()}")
-        file.copy(partial, overwrite=True)
+        with file.open("rb") as source, open(partial, "wb") as out:
+            shutil.copyfileobj(source, out, 1 << 24)
         partial.replace(target)
     return copy
