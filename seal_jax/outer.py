@@ -129,11 +129,8 @@ def _one(slots: slots_lib.Slots, parts: int) -> slots_lib.Slots:
     own = one_candidate(slots, lambda x: x[0])
     # Segment 0 and weight 0: rows that see nothing and count nothing.
     fill = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
-    filled = {
-        name: tuple(fill(x) for x in getattr(own, name))
-        for name in ("tokens", "weights", "segments")
-    }
-    return own.replace(**filled)
+    names = ("tokens", "weights", "segments")
+    return own.replace(**{name: tuple(map(fill, getattr(own, name))) for name in names})
 
 
 def one_candidate(slots: slots_lib.Slots, take: Callable[[Any], Any]) -> slots_lib.Slots:

@@ -120,7 +120,7 @@ def test_two_processes_leave_the_records_of_one(home, alone):
     assert "write self-edits" in texts[0] and "write self-edits" not in texts[1]
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_with_a_sentence_and_a_restart_goes_on(home, alone, killed):
     folder = home / f"killed_{killed}"
     processes = launch_two(home, folder)
