@@ -3,11 +3,11 @@
 import sys
 
 from seal_jax.commands import COMMANDS, usage
-from seal_jax.errors import SealError
+from seal_jax.errors import SealError, Stopped
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Returns the exit status: 0, 2 for bad input, 130 when interrupted, 143 by SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if name in ("-h", "--help"):
@@ -21,6 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     except SealError as error:
         print(f"seal-jax: {error}", file=sys.stderr)
         return 2
+    except Stopped as error:
+        print(f"seal-jax: {error}", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("seal-jax: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -14,6 +14,53 @@ _FAMILIES = {
 }
 
 
+def _qwen(d: int, l: int, n: int, k: int, f: int, tied: bool, v: int = 151936) -> ModelConfig:
+    """Returns a Qwen2.5 of these sizes."""
+    sizes = dict(vocab_size=v, d_model=d, n_layers=l, n_heads=n, n_kv_heads=k, d_head=d // n)
+    return ModelConfig(**sizes, d_ff=f, tied=tied, qkv_bias=True, rope_theta=1e6)
+
+
+def _llama(d: int, l: int, n: int, h: int) -> ModelConfig:
+    """Returns a small Llama 3.2 of these sizes."""
+    sizes = dict(vocab_size=128256, d_model=d, n_layers=l, n_heads=n, n_kv_heads=8, d_head=h)
+    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    return ModelConfig(
+        **sizes,
+        d_ff=8192,
+        tied=True,
+        rope_theta=5e5,
+        rope_scaling=scaling,
+        rms_eps=1e-5,
+        family="llama",
+    )
+
+
+# Architectures by hub id, for plans where the model itself is not at hand.
+PUBLIC = {
+    "Qwen/Qwen2.5-0.5B": _qwen(896, 24, 14, 2, 4864, True),
+    "Qwen/Qwen2.5-1.5B": _qwen(1536, 28, 12, 2, 8960, True),
+    "Qwen/Qwen2.5-3B": _qwen(2048, 36, 16, 2, 11008, True),
+    "Qwen/Qwen2.5-7B": _qwen(3584, 28, 28, 4, 18944, False, 152064),
+    "meta-llama/Llama-3.2-1B": _llama(2048, 16, 32, 64),
+    "meta-llama/Llama-3.2-3B": _llama(3072, 28, 24, 128),
+}
+
+
+def known(path: str) -> ModelConfig | None:
+    """Returns the architecture of a public model, instruction-tuned or not, or None."""
+    return PUBLIC.get(path.removesuffix("-Instruct"))
+
+
+def find(path: str) -> ModelConfig:
+    """Returns the architecture of a folder, a public model by its id, or what the hub has."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and known(path) is not None:
+        return known(path)
+    from seal_jax import checkpoint  # which reads architectures itself
+
+    return read_config(checkpoint.find(path, weights=False))
+
+
 def read_config(folder: Path) -> ModelConfig:
     """Returns the architecture in config.json, in transformers 4's or 5's spelling.
 

@@ -1,9 +1,91 @@
-"""Attention of queries over keys: causal, grouped-query, block-diagonal over packed texts."""
+"""Attention of queries over keys: causal, grouped-query, block-diagonal over packed texts.
+
+XLA's form everywhere; on a TPU Pallas' splash kernel, which never stores the scores. The choice is
+made when a program is lowered, so that what is compiled for a TPU elsewhere is what runs there.
+"""
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+from seal_jax import sharding
 
 _MASKED = -1e30  # finite: a row that sees nothing gives a uniform average, never a NaN
+_BLOCKS = (512, 256, 128)  # tokens the kernel takes at a time; 128 is its least
+_HEAD = 64  # it wants heads of a multiple of this width
+
+
+def attend_rows(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    mask_bts: jax.Array,
+    segments_bt: jax.Array | None,
+    *,
+    recomputed: bool,
+) -> jax.Array:
+    """Returns `attend`, by the splash kernel where a TPU gains by it.
+
+    Args:
+      mask_bts: The causal mask within segments; `segments_bt` says the same, as in `model.hidden`.
+      recomputed: Whether no gradient keeps what the attention computes (static). If one does, the
+        kernel would save nothing: both forms' intermediates are stored, whichever runs.
+    """
+    t, h = q_btnh.shape[1], q_btnh.shape[3]
+    if not recomputed or t < _BLOCKS[-1] or h % _HEAD:
+        return attend(q_btnh, k_bskh, v_bskh, mask_bts)
+
+    def choose(q, k, v, mask, *segments):
+        return jax.lax.platform_dependent(
+            q,
+            k,
+            v,
+            mask,
+            *segments,
+            tpu=lambda q, k, v, mask, *segments: splash(q, k, v, *segments),
+            default=lambda q, k, v, mask, *segments: attend(q, k, v, mask),
+        )
+
+    segments = () if segments_bt is None else (segments_bt,)
+    return sharding.per_device(choose, q_btnh, k_bskh, v_bskh, mask_bts, *segments)
+
+
+def splash(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    segments_bt: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns causal attention within segments by Pallas' kernel for TPUs, [b, t, n, h].
+
+    Args:
+      segments_bt: See `model.hidden`. A query of segment -n looks for keys of n, and no query looks
+        for keys of -n: the kernel takes the segments of queries and keys apart.
+      interpret: Run it as plain JAX, on any machine.
+    """
+    t, n, h = q_btnh.shape[1:]
+    size = t + -t % _BLOCKS[-1]
+    block = next(x for x in _BLOCKS if size % x == 0)
+    # Padding stands last, where no causal query sees it; its own rows see its first token.
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, size - t), (0, 0), (0, 0))).swapaxes(1, 2)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = splash_lib.make_splash_mha(
+        mask=splash_mask.MultiHeadMask([splash_mask.CausalMask((size, size))] * n),
+        block_sizes=splash_lib.BlockSizes(**dict.fromkeys(names, block)),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    rows = (pad(q_btnh * h**-0.5), pad(k_bskh), pad(v_bskh))
+    if segments_bt is None:
+        out = jax.vmap(kernel)(*rows)
+    else:
+        kv = jnp.pad(segments_bt, ((0, 0), (0, size - t)))
+        out = jax.vmap(kernel)(*rows, splash_lib.SegmentIds(jnp.abs(kv), kv))
+    return out.swapaxes(1, 2)[:, :t]
 
 
 def attend(

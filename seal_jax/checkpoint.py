@@ -1,6 +1,7 @@
 """Models in Hugging Face's format, in and out: config.json, safetensors, tokenizer files."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -9,14 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from seal_jax import config as config_lib
+from seal_jax import files, runtime, sharding
 from seal_jax import params as params_lib
-from seal_jax import runtime
 from seal_jax.architecture import read_config, write_config
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params
@@ -25,19 +25,33 @@ _WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 BUILT_IN = {name: _WEIGHTS / name for name in ("tiny-world", "tiny-grids")}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
+_STORED = ("F32", "F16", "BF16")
+_READ_AT_ONCE = 1 << 22  # numbers
 
 
 class LM(NamedTuple):
-    """A language model: weights, tokenizer, architecture, and the folder it came from."""
+    """A language model: weights, tokenizer, architecture, and the folder it came from.
+
+    `reader` is a copy of the weights laid out over devices for generation, while there is one.
+    """
 
     params: Params
     tokenizer: Any
     config: ModelConfig
     source: Path | None = None
+    reader: Params | None = None
 
 
-def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None) -> LM:
+def load_model(
+    model: config_lib.Model | str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> LM:
     """Returns a model from a folder, a hub id, or a built-in name (tiny-world, tiny-grids).
+
+    Args:
+      mesh: Devices that share the weights; by default they lie on one.
 
     Raises:
       SealError: names the file and what is missing, misshapen or unsupported.
@@ -50,27 +64,35 @@ def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None
     kind = dtype or model.dtype
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return LM(read_params(folder, config, jnp.dtype(kind)), load_tokenizer(folder), config, folder)
+    split = mesh is not None and mesh.size > 1
+    places = sharding.weights(config, mesh) if split else None
+    params = read_params(folder, config, jnp.dtype(kind), places)
+    return LM(params, load_tokenizer(folder), config, folder)
 
 
-def find(path: str, revision: str | None = None) -> Path:
-    """Returns the folder of a model; a hub id is downloaded (weights, JSON and templates only)."""
+def find(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Returns the folder of a model on this machine.
+
+    What lies on the hub or in a bucket (gs://) is downloaded: weights, JSON and templates only.
+    """
     if path in BUILT_IN:
         return BUILT_IN[path]
+    wanted = ["*.json", "*.jinja", "merges.txt"] + ["*.safetensors"] * weights
     folder = Path(path).expanduser()
-    if folder.exists():
+    if "://" in path:
+        folder = files.local_copy(files.path(path), tuple(wanted))
+    if folder.exists() or "://" in path:
         if not (folder / "config.json").is_file():
-            raise SealError(f"{folder}: no config.json there, so it is not a model folder")
+            raise SealError(f"{path}: no config.json there, so it is not a model folder")
         return folder
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise SealError(f"{path}: no such folder, and not a hub id such as Qwen/Qwen2.5-0.5B")
     import huggingface_hub
 
     try:
-        wanted = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
-        return Path(
-            huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=wanted)
-        )
+        # Never code, nor weights as pickles; of subfolders nothing.
+        chosen = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
+        return Path(huggingface_hub.snapshot_download(path, revision=revision, **chosen))
     except Exception as error:  # the hub's many exceptions, network errors among them
         detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SealError(
@@ -127,42 +149,90 @@ def _open(file: Path):
         raise SealError(f"{file}: not readable as safetensors: {error}") from error
 
 
-def read_params(folder: Path, config: ModelConfig, dtype: Any = jnp.float32) -> Params:
+def read_params(
+    folder: Path, config: ModelConfig, dtype: Any = jnp.float32, shardings: Params | None = None
+) -> Params:
     """Returns the weights of a folder, layers stacked.
 
-    One stacked tensor at a time is held on the host besides what has gone to the device.
+    Files are read slice by slice: of each weight this host holds what its devices hold, and no
+    second copy of more than one weight at a time. The largest come first, while there is room.
+
+    Args:
+      shardings: A tree like the weights' of jax.sharding.Sharding; by default the weights go
+        whole to the default device.
     """
     places = _files(folder)
     opened: dict[Path, Any] = {}
 
-    def read(name: str, want: tuple[int, ...], transposed: bool) -> np.ndarray:
+    def stored(name: str, want: tuple[int, ...]) -> Any:
+        """Returns a tensor of a file, not yet read."""
         if name not in places:
             raise SealError(f"{folder}: tensor {name!r} is missing")
-        file = opened.setdefault(places[name], None) or _open(places[name])
-        opened[places[name]] = file
+        file = places[name]
+        if file not in opened:
+            opened[file] = _open(file)
         try:
-            value = file.get_tensor(name)
-        except (safetensors.SafetensorError, AttributeError) as error:
-            raise SealError(f"{places[name]}: tensor {name!r} cannot be read: {error}") from error
-        stored = want[::-1] if transposed else want
-        if value.shape != stored:
+            tensor = opened[file].get_slice(name)
+        except safetensors.SafetensorError as error:
+            raise SealError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+        if tuple(tensor.get_shape()) != want:
             raise SealError(
-                f"{places[name]}: tensor {name!r} has shape {value.shape}, "
-                f"config.json says {stored}"
+                f"{file}: tensor {name!r} has shape {tuple(tensor.get_shape())}, "
+                f"config.json says {want}"
             )
-        if value.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            raise SealError(f"{places[name]}: tensor {name!r} has type {value.dtype}")
-        return value.T if transposed else value
+        if tensor.get_dtype() not in _STORED:
+            raise SealError(f"{file}: tensor {name!r} has type {tensor.get_dtype()}")
+        return tensor
 
-    def leaf(name: str, weight: params_lib.Weight, shape: tuple[int, ...]) -> jax.Array:
+    def read(weight: params_lib.Weight, shape: tuple[int, ...], index: tuple) -> np.ndarray:
+        """Returns the part of a weight at `index`, one slice of each dimension."""
+        ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        out = np.empty([len(own) for own in ranges], dtype)
         if weight.dims[0] != "l":
-            return jnp.asarray(read(weight.source, shape, weight.transposed).astype(dtype))
-        out = np.empty(shape, dtype)
-        for layer in range(config.n_layers):
-            out[layer] = read(weight.source.format(l=layer), shape[1:], weight.transposed)
-        return jnp.asarray(out)
+            _fill(out, stored(weight.source, _flip(shape, weight)), ranges, weight.transposed)
+            return out
+        for at, layer in enumerate(ranges[0]):
+            tensor = stored(weight.source.format(l=layer), _flip(shape[1:], weight))
+            _fill(out[at], tensor, ranges[1:], weight.transposed)
+        return out
 
-    return params_lib.build(config, leaf)
+    def leaf(weight: params_lib.Weight, shape: tuple[int, ...], home: Any) -> jax.Array:
+        if home is None:
+            return jnp.asarray(read(weight, shape, (slice(None),) * len(shape)))
+        seen: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading
+
+        def part(index: tuple) -> np.ndarray:
+            name = tuple((i.start, i.stop) for i in index)
+            if name not in seen:
+                seen[name] = read(weight, shape, index)
+            return seen[name]
+
+        return jax.make_array_from_callback(shape, home, part)
+
+    wanted = {}
+    params_lib.build(config, lambda name, weight, shape: wanted.update({name: (weight, shape)}))
+    made = {}
+    for name, (weight, shape) in sorted(wanted.items(), key=lambda x: -math.prod(x[1][1])):
+        made[name] = leaf(weight, shape, shardings and params_lib.of(shardings, name))
+        made[name].block_until_ready()  # a copy still under way would keep its source alive
+    return params_lib.build(config, lambda name, weight, shape: made[name])
+
+
+def _flip(shape: tuple[int, ...], weight: params_lib.Weight) -> tuple[int, ...]:
+    return shape[::-1] if weight.transposed else shape
+
+
+def _fill(out: np.ndarray, tensor: Any, ranges: list[range], transposed: bool) -> None:
+    """Copies a part of a stored tensor to `out`, some rows of the file at a time."""
+    ranges = ranges[::-1] if transposed else ranges
+    out = out.T if transposed else out
+    rest = tuple(slice(own.start, own.stop) for own in ranges[1:])
+    width = math.prod(len(own) for own in ranges[1:])
+    step = max(1, _READ_AT_ONCE // max(width, 1))
+    for start in range(0, len(ranges[0]), step):
+        stop = min(start + step, len(ranges[0]))
+        first = ranges[0].start
+        out[start:stop] = tensor[(slice(first + start, first + stop), *rest)]
 
 
 def named_tensors(params: Params) -> dict[str, Callable[[], np.ndarray]]:
@@ -172,7 +242,7 @@ def named_tensors(params: Params) -> dict[str, Callable[[], np.ndarray]]:
     """
     result: dict[str, Callable[[], np.ndarray]] = {}
     for name, weight in params_lib.table(params.config).items():
-        value = params.layers[name] if name in params.layers else getattr(params, name)
+        value = params_lib.of(params, name)
 
         def tensor(value=value, layer=None, flip=weight.transposed) -> np.ndarray:
             array = np.asarray(value if layer is None else value[layer])
@@ -231,7 +301,7 @@ def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
 def _sizes(params: Params) -> dict[str, int]:
     sizes = {}
     for name, weight in params_lib.table(params.config).items():
-        value = params.layers[name] if name in params.layers else getattr(params, name)
+        value = params_lib.of(params, name)
         layered = weight.dims[0] == "l"
         for layer in range(params.config.n_layers if layered else 1):
             sizes[weight.source.format(l=layer)] = value[0].size if layered else value.size

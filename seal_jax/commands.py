@@ -1,5 +1,6 @@
 """The commands: each parses its arguments, calls one function and prints."""
 
+import json
 import math
 import os
 import re
@@ -66,6 +67,27 @@ class Pretrain:
     """Of the texts and the weights."""
     tokens: int | None = None
     """Tokens to train on; by default as many as the model that ships was trained on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Does a run fit a TPU slice, and what would it cost? Compiled here, no TPU needed.
+
+    Example: seal-jax plan configs/squad_qwen2p5_7b.yaml --topology v5e:2x4
+    """
+
+    config: tyro.conf.Positional[Path | None] = None
+    """YAML file of settings."""
+    overrides: Overrides = field(default=())
+    """Changed settings, such as lora.rank=64."""
+    topology: str | None = None
+    """Such as v5e:2x4 or v5e-8; `list` shows all; by default the devices of this machine."""
+    json: Path | None = None
+    """File for the plan as JSON."""
+    tokens: int = 1024
+    """Tokens of the longest training text."""
+    candidates: int = 0
+    """Try this many alone; by default the most that fit are searched."""
 
 
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -140,10 +162,34 @@ def pretrain(arguments: list[str]) -> None:
     print(train(folder, chosen.seed, tokens, progress))
 
 
+def plan(arguments: list[str]) -> int:
+    """Says whether a run fits a TPU slice, and what it would cost."""
+    chosen = _parse(Plan, "plan", arguments)
+    from seal_jax import config, hardware, plan_text
+    from seal_jax import plan as plan_lib
+
+    if chosen.topology == "list":
+        print(hardware.listing())
+        return 0
+    if chosen.config is None:
+        raise SealError("plan: which configuration? seal-jax plan CONFIG --topology v5e-8")
+    cfg = config.load_config(chosen.config, chosen.overrides)
+    if chosen.tokens < 1 or chosen.candidates < 0:
+        raise SealError("plan: --tokens must be at least 1, --candidates not negative")
+    request = plan_lib.Request(cfg, chosen.topology, chosen.tokens, chosen.candidates)
+    made = plan_lib.make(request)
+    if chosen.json is not None:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        chosen.json.write_text(json.dumps(made, indent=2) + "\n")
+    print(plan_text.text(made))
+    return 0 if made["fits"] else 1
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "run": run,
     "adapt": adapt,
     "pretrain": pretrain,
+    "plan": plan,
 }
 
 

@@ -223,6 +223,38 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How devices share the work; one device needs none of it."""
+
+    data: Count = 0
+    """Devices that share out candidates and keep parts of the weights; 0 is all that remain."""
+    model: Positive = 1
+    """Devices that share out heads, feed-forward and vocabulary of one candidate."""
+    decode: Literal["auto", "fsdp", "tensor", "replicated"] = "auto"
+    """Weights while generating: gathered for each token, split over all devices, or whole along
+    `data`; auto takes what fits, the fastest first."""
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """Processes of one run, on one machine or many."""
+
+    detect: Literal["auto", "always", "never"] = "auto"
+    """Ask JAX for the other processes; auto: where the environment tells of several (Slurm, GKE).
+    On TPU virtual machines of several hosts: always."""
+
+    coordinator: str | None = None
+    """host:port of process 0, reachable from all others."""
+    processes: Count = 0
+    process_id: Count | None = None
+    """Of this process, from 0."""
+    start_s: Positive = 300
+    """Seconds to wait for the others at the start."""
+    heartbeat_s: Positive = 30
+    """Seconds until a machine that went dark is lost; a killed process is noticed at once."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -236,6 +268,8 @@ class Config:
     answers: Answers = Answers()
     outer: Outer = Outer()
     evaluation: Evaluation = Evaluation()
+    mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(default=())
     """Where scalars go besides metrics.jsonl."""
 
@@ -253,7 +287,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read_yaml(Path(path))
-    origin = str(path) if path is not None else "configuration"
+    return _build(tree, str(path) if path is not None else "configuration", overrides)
+
+
+def parse(text: bytes, origin: str) -> Config:
+    """Returns the settings in the text of a YAML file; `origin` names it in errors."""
+    return _build(_tree(text, origin), origin)
+
+
+def _build(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
     _check_keys(tree, Config, origin)
     for item in overrides:
         key, sep, text = item.partition("=")
@@ -281,6 +323,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Returns the settings that `to_dict` made plain."""
+    return pydantic.TypeAdapter(Config).validate_python(tree)
+
+
 def dump(config: Config) -> str:
     """Returns the settings as YAML that `load_config` reads back unchanged."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
@@ -294,8 +341,12 @@ def digest(config: Any) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SealError(f"{path}: no such configuration file")
+    return _tree(path.read_bytes(), str(path))
+
+
+def _tree(text: bytes, path: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(text.decode())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

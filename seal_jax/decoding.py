@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from seal_jax import model
+from seal_jax import model, sharding
 from seal_jax.grammar import Grammar
 from seal_jax.lora import Adapter
 from seal_jax.model import Cache
@@ -77,6 +77,7 @@ def run(
     keys_cbq = jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: _key(key, i, q))(number)))(ids_cb)
 
     def choose(logits_cbqv, step, rule_cbq):
+        logits_cbqv = sharding.constrain_rows(logits_cbqv)  # each device sorts its own
         offered_cbqv = logits_cbqv
         if grammar is not None:
             offered_cbqv = jnp.where(grammar.allowed(rule_cbq), logits_cbqv, -jnp.inf)
@@ -94,8 +95,8 @@ def run(
         return token.astype(jnp.int32), logprob, rule_cbq
 
     start = functools.partial(model.prefill, samples=samples, room=room)
-    start = jax.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
-    go_on = jax.vmap(
+    start = sharding.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
+    go_on = sharding.vmap(
         model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
     )
     logits_cbv, cache = start(params, adapters, tokens_cbt, jnp.maximum(length_cb, 1))
@@ -134,7 +135,7 @@ def run(
 
     state = (jnp.int32(1), token, done, rule, cache, arrays)
     _, _, done, _, _, arrays = jax.lax.while_loop(unfinished, advance, state)
-    return *arrays, done
+    return sharding.whole((*arrays, done))
 
 
 def _key(key: jax.Array, row: jax.Array, sample: jax.Array) -> jax.Array:

@@ -5,5 +5,9 @@ class SealError(ValueError):
     """Something the user gave us is wrong; one sentence naming the file, key or line."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop and has saved what it did; the sentence says how to go on."""
+
+
 class SelfEditError(SealError):
     """A self-edit (model output, untrusted) that cannot be applied; the message says why."""

@@ -10,7 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import checkpoint, judge_model, outer, progress, rewards, runs, stats
+from seal_jax import (
+    checkpoint,
+    judge_model,
+    multihost,
+    outer,
+    progress,
+    rewards,
+    runs,
+    sampling,
+    sharding,
+    stats,
+)
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
@@ -55,15 +66,22 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     Raises:
       SealError: for settings that do not fit, before anything is computed.
     """
+    with multihost.together(cfg.distributed):
+        return _run(cfg, folder)
+
+
+def _run(cfg: Config, folder: str | Path | None) -> Report:
     task = load_task(cfg.task, judge_model.replies_of(cfg))
     check(cfg, task)
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
+    mesh = sharding.make(cfg.mesh)
     path = runs.open_run(cfg, folder)
-    lm = checkpoint.load_model(cfg.model)
+    lm = checkpoint.load_model(cfg.model, mesh=mesh)
     metrics = runs.Metrics(path, cfg.trackers, cfg.name)
     summaries, policies = [], {"own self-edits": lm}
     policy = control = lm
     for number in range(cfg.outer.rounds):
+        multihost.check()
         contexts = _contexts(task, number, cfg)
         adapted = lm if cfg.outer.adapt == "base" else policy
         policy, summary = one_round(policy, adapted, task, contexts, path, number, cfg, metrics)
@@ -196,7 +214,7 @@ def base_rewards(
     """Returns the un-adapted model's reward on each context: once per policy, kept on file."""
     found = {row["context"]: row["reward"] for row in runs.records(file)}
     if any(context.id not in found for context in contexts):
-        scores = rewards.score(lm, None, task, contexts, cfg)
+        scores = rewards.score(sampling.ready(lm, cfg.mesh), None, task, contexts, cfg)
         rows = [
             {"context": context.id, "reward": float(reward), "answers": answers}
             for context, reward, answers in zip(
@@ -204,7 +222,7 @@ def base_rewards(
             )
         ]
         runs.write_lines(file, rows)
-        found = {row["context"]: row["reward"] for row in rows}
+        found = {row["context"]: row["reward"] for row in runs.records(file)}
     return [found[context.id] for context in contexts]
 
 
@@ -317,7 +335,9 @@ def table_text(table: Sequence[Row]) -> str:
 
 
 def print_report(report: Report) -> None:
-    """Prints the table, or the rounds' figures where nothing was held out."""
+    """Prints the table, or the rounds' figures where nothing was held out; process 0 alone."""
+    if not multihost.leads():
+        return
     if report.table:
         print(table_text(report.table))
     else:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from seal_jax import attention, lora
+from seal_jax import attention, lora, sharding
 from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, table
 
@@ -126,8 +126,11 @@ def hidden(
 
         def attend(q, k, v):
             kept.extend([k.swapaxes(1, 2), v.swapaxes(1, 2)] if keep_keys else [])
-            return attention.attend(q, k, v, mask)
+            # Keys are kept to generate from, where nothing is differentiated.
+            own = {"recomputed": remat or keep_keys}
+            return attention.attend_rows(q, k, v, mask, segments_bt, **own)
 
+        x_btd = sharding.constrain(x_btd, "btd", config)
         x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend)
         return x_btd, tuple(kept)
 

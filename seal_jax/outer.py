@@ -6,15 +6,29 @@ run that was killed goes on where it stopped and ends with the records it would 
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, inner, lora, optim, progress, rewards, runs, sampling, state, stats
+from seal_jax import (
+    batching,
+    files,
+    inner,
+    lora,
+    multihost,
+    optim,
+    progress,
+    rewards,
+    runs,
+    sampling,
+    sharding,
+    state,
+    stats,
+)
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -102,24 +116,20 @@ def finetune(
     one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
     batch = batching.Batch((one,), loop, rewards.eos(lm))
     (chunk,) = slots_lib.arrange(batch, 1, key)
-    slots = chunk.slots
-    slots = slots.replace(
-        **{
-            name: jax.tree.map(lambda x: x[0], getattr(slots, name))
-            for name in slots_lib.Slots.__dataclass_fields__
-            if name not in slots_lib.SHARED
-        }
-    )
-    remat = jax.default_backend() != "cpu"
-    if settings.method == "full":
-        params, losses = _fit_all(lm.params, slots, settings=_program(settings), remat=remat)
-    else:
-        adapter = jax.jit(lora.init, static_argnums=(0, 1))(lm.config, settings.lora, key)
-        adapter, losses = _fit_lora(
-            lm.params, adapter, slots, settings=_program(settings), remat=remat
-        )
-        params = lora.merge(lm.params, adapter)
-    losses = np.asarray(losses)[: int(slots.total_c)]
+    mesh = sharding.of(lm.params)
+    slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)
+    static = {"settings": program(settings), "remat": jax.default_backend() != "cpu"}
+    with sharding.use(mesh):
+        if settings.method == "full":
+            params, losses = fit_all(lm.params, slots, **static)
+        else:
+            own = sharding.share(key, mesh)
+            adapter = jax.jit(lora.init, static_argnums=(0, 1))(lm.config, settings.lora, own)
+            adapter, losses = fit_lora(lm.params, adapter, slots, **static)
+            params = lora.merge(lm.params, adapter)
+    if mesh is not None:
+        params = sharding.place(params, jax.tree.map(lambda x: x.sharding, lm.params))
+    losses = sharding.fetch(losses)[: int(chunk.slots.total_c[0])]
     if not np.isfinite(losses).all():
         raise SealError(
             f"finetuning diverged: the loss is not finite at step "
@@ -128,7 +138,39 @@ def finetune(
     return params, losses
 
 
-def _program(settings: Sft) -> Sft:
+def _one(slots: slots_lib.Slots, parts: int) -> slots_lib.Slots:
+    """Returns the only candidate's arrays, rows filled up to a multiple of `parts`."""
+    own = one_candidate(slots, lambda x: x[0])
+    # Segment 0 and weight 0: rows that see nothing and count nothing.
+    fill = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
+    names = ("tokens", "weights", "segments")
+    return own.replace(**{name: tuple(map(fill, getattr(own, name))) for name in names})
+
+
+def one_candidate(slots: slots_lib.Slots, take: Callable[[Any], Any]) -> slots_lib.Slots:
+    """Returns arrays without their candidate axis, which `take` takes away."""
+    return slots.replace(
+        **{
+            name: jax.tree.map(take, getattr(slots, name))
+            for name in slots_lib.Slots.__dataclass_fields__
+            if name not in slots_lib.SHARED
+        }
+    )
+
+
+def _mean_loss(params, adapter, tokens_bt, weights_bt, segments_bt, *, remat: bool) -> jax.Array:
+    """Returns `optim.loss`, the rows of the batch shared out over devices."""
+    parts = sharding.data_size(sharding.current())
+    if parts == 1:
+        return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
+    split = [x.reshape(parts, -1, x.shape[-1]) for x in (tokens_bt, weights_bt, segments_bt)]
+    split = [sharding.constrain_rows(x) for x in split]
+    one = functools.partial(optim.loss, params, adapter, remat=remat)
+    count = jnp.sum(split[1].astype(jnp.float32), (1, 2))
+    return jnp.sum(sharding.vmap(one)(*split) * count) / jnp.maximum(jnp.sum(count), 1e-9)
+
+
+def program(settings: Sft) -> Sft:
     """Returns only what shapes the program."""
     return Sft(
         schedule=settings.schedule,
@@ -139,23 +181,26 @@ def _program(settings: Sft) -> Sft:
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def _fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
-    adapter, measures = inner.adapt(params, adapter, slots, settings, remat=remat)
-    return adapter, measures.loss
+def fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
+    loss_of = functools.partial(_mean_loss, params, remat=remat)
+    pin = functools.partial(sharding.pin, config=params.config)
+    adapter, measures = inner.fit(loss_of, adapter, slots, settings, pin)
+    return adapter, sharding.whole(measures.loss)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def _fit_all(params, slots, *, settings: Sft, remat: bool):
+def fit_all(params, slots, *, settings: Sft, remat: bool):
     # Trained in float32, used in the model's own type.
     used = jax.tree.map(lambda x: x.dtype, params)
     cast = lambda tree: jax.tree.map(lambda x, dtype: x.astype(dtype), tree, used)
 
     def loss_of(trained, tokens_bt, weights_bt, segments_bt):
-        return optim.loss(cast(trained), None, tokens_bt, weights_bt, segments_bt, remat=remat)
+        return _mean_loss(cast(trained), None, tokens_bt, weights_bt, segments_bt, remat=remat)
 
     start = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    trained, measures = inner.fit(loss_of, start, slots, settings)
-    return cast(trained), measures.loss
+    pin = functools.partial(sharding.pin, config=params.config)
+    trained, measures = inner.fit(loss_of, start, slots, settings, pin)
+    return cast(trained), sharding.whole(measures.loss)
 
 
 def key_of(cfg: Config, *purpose: str | int) -> jax.Array:
@@ -167,6 +212,7 @@ def write_edits(
     lm: LM, task: Task, contexts: Sequence[Context], n: int, file: Path, key: jax.Array, cfg: Config
 ) -> list[SelfEdit]:
     """Returns n self-edits for each context, from the file's records or newly written to it."""
+    lm = sampling.ready(lm, cfg.mesh)
     seen = {(row["context"], row["index"]) for row in runs.records(file)}
     group = max(1, (cfg.sampling.chunk or 64) // n)
     longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
@@ -179,6 +225,7 @@ def write_edits(
                 made = rewards.write(lm, task, some, n, key, cfg, pad_to=longest, grammar=grammar)
                 rows = [_edit_record(one) for of_context in made for one in of_context]
                 runs.append(file, [r for r in rows if (r["context"], r["index"]) not in seen])
+                multihost.check()
             advance(len(wanted))
     by_place = {(row["context"], row["index"]): row["text"] for row in runs.records(file)}
     return [SelfEdit(c, i, by_place[c.id, i]) for c in contexts for i in range(n)]
@@ -206,6 +253,7 @@ def test_edits(
     metrics: runs.Metrics,
 ) -> list[runs.Record]:
     """Returns a record for each self-edit and seed: its reward, answers, verdicts and losses."""
+    lm = sampling.ready(lm, cfg.mesh)
     seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file)}
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:
@@ -219,6 +267,7 @@ def test_edits(
                 rows = [_reward_record(edits[x.at], seed, x) for x in outcomes]
                 fresh = [r for r in rows if (r["context"], r["index"], seed) not in seen]
                 runs.append(file, fresh)
+                multihost.check()
                 advance(len(rows))
                 count += len(rows)
                 total = rewards.Efficiency(*(a + b for a, b in zip(total, part, strict=True)))
@@ -272,14 +321,16 @@ def train_policy(lm: LM, kept: Sequence[Scored], folder: Path, key: jax.Array, c
 
     Without a kept self-edit the model stays as it is.
     """
-    if not folder.exists() and kept:
+    saved = files.exists(folder)
+    if not saved and kept:
         rows = [(x.prompt, x.text) for x in kept]
         params, losses = finetune(lm, rows, cfg.outer.sft, key)
         state.save_tree(folder, params)
+        saved = True
         progress.say(
             f"finetune ({folder.parent.name}): {len(rows)} self-edits, {len(losses)} steps, "
             f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
         )
-    if not folder.exists():
+    if not saved:
         return lm
     return lm._replace(params=state.load_tree(folder, lm.params))

@@ -114,6 +114,11 @@ def build(config: ModelConfig, leaf: Callable[[str, Weight, tuple[int, ...]], An
     return Params(**top, layers=made, config=config)
 
 
+def of(params: Params, name: str) -> Any:
+    """Returns what a tree of weights holds under a name of the weights table."""
+    return params.layers[name] if name in params.layers else getattr(params, name)
+
+
 def shapes(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
     """Returns the tree of weights as jax.ShapeDtypeStruct."""
     return build(config, lambda name, weight, shape: jax.ShapeDtypeStruct(shape, dtype))

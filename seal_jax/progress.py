@@ -5,18 +5,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from seal_jax import multihost
+
 _EVERY_S = 15.0
 
 
 def say(text: str) -> None:
-    """Prints a line."""
+    """Prints a line; of several processes only the first one speaks."""
+    if not multihost.leads():
+        return
     print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def track(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields a function that reports n more of `total` as done."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and multihost.leads():
         from rich import console, progress
 
         columns = (*progress.Progress.get_default_columns(), progress.MofNCompleteColumn())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, inner, sampling
+from seal_jax import batching, inner, multihost, sampling, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -149,7 +149,7 @@ def score(
         raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")
     each = [context for context in contexts for _ in range(c // len(contexts))]
     answers = answer(lm, task, each, adapters, cfg)
-    grades = [task.grade(context, own) for context, own in zip(each, answers, strict=True)]
+    grades = [_grade(task, context, own) for context, own in zip(each, answers, strict=True)]
     return Scores(np.array([g.reward for g in grades]), answers, [g.verdicts for g in grades])
 
 
@@ -204,14 +204,15 @@ def evaluate(
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
     longest = _longest_question(lm, task, [edit.context for edit in edits])
-    for chunk in slots_lib.arrange(batch, inner.chunk_size(cfg.inner), key):
+    multiple = sharding.data_size(sharding.of(lm.params))
+    for chunk in slots_lib.arrange(batch, inner.chunk_size(cfg.inner), key, multiple):
         places = [int(i) for i in chunk.index if i >= 0]
         if done(places):
             continue
         adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
         contexts = [edits[i].context for i in places]
         answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
-        losses = np.asarray(losses)
+        losses = sharding.fetch(losses)
         steps = np.asarray(chunk.slots.total_c)
         outcomes = [
             _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i], cfg)
@@ -225,10 +226,15 @@ def _outcome(task, edit, place, answers, losses, candidate, cfg) -> Outcome:
     if not np.isfinite(losses).all():
         error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
     first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
-    grade = task.grade(edit.context, answers)
+    grade = _grade(task, edit.context, answers)
     if not len(losses) and not cfg.outer.reward_untrained:
         grade = grade._replace(reward=0.0)
     return Outcome(place, grade, answers, len(losses), first, last, error)
+
+
+def _grade(task: Task, context: Context, answers: list[str]) -> Grade:
+    """Returns the grade; of several processes only the one that writes records asks the judge."""
+    return task.grade(context, answers) if multihost.leads() else Grade(0.0, ())
 
 
 def _number(value: Any) -> float | None:

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 
 from seal_jax import config as config_lib
+from seal_jax import files, multihost
 from seal_jax.errors import SealError
 
 Record = dict[str, Any]
+_MACHINE = ("mesh", "distributed")  # settings that change no record: a run may go on with others
 
 
 def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
@@ -25,19 +27,20 @@ def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
     Raises:
       SealError: where the folder holds a run with other settings.
     """
-    path = Path(folder or Path("runs") / cfg.name)
+    path = files.path(folder or Path("runs") / cfg.name)
     file = path / "config.yaml"
-    text = config_lib.dump(cfg)
-    if file.exists():
-        if file.read_text(encoding="utf-8") != text:
-            changed = ", ".join(_changed(config_lib.load_config(file), cfg))
-            raise SealError(f"{path}: holds a run with other settings ({changed}); name a new one")
+    found = files.read(file)
+    if found is not None:
+        changed = _changed(config_lib.parse(found, str(file)), cfg)
+        changed = [key for key in changed if key.partition(".")[0] not in _MACHINE]
+        if changed:
+            keys = ", ".join(changed)
+            raise SealError(f"{path}: holds a run with other settings ({keys}); name a new one")
         return path
-    if path.exists() and any(path.iterdir()):
+    if files.entries(path):
         raise SealError(f"{path}: not empty and no run of ours (no config.yaml)")
-    path.mkdir(parents=True, exist_ok=True)
     write_json(path / "environment.json", environment())
-    write_text(file, text)  # last: a folder with settings is a run
+    write_text(file, config_lib.dump(cfg))  # last: a folder with settings is a run
     return path
 
 
@@ -86,12 +89,7 @@ def _commit() -> str | None:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(file)
+    files.write(file, text.encode())
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -120,13 +118,12 @@ def records(file: Path) -> list[Record]:
     Raises:
       SealError: where a line before the last is damaged, naming it.
     """
-    if not file.exists():
+    data = files.read(file)
+    if data is None:
         return []
-    data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
-        with open(file, "r+b") as out:
-            out.truncate(whole)
+        files.truncate(file, whole)
     found = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
@@ -139,18 +136,12 @@ def records(file: Path) -> list[Record]:
 def append(file: Path, rows: Iterable[Record]) -> None:
     """Appends records in one write, and waits until they are on disk."""
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-    if not lines:
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as out:
-        out.write("".join(lines))
-        out.flush()
-        os.fsync(out.fileno())
+    if lines:
+        files.append(file, "".join(lines).encode())
 
 
 def write_lines(file: Path, rows: Iterable[Record]) -> None:
     """Writes a JSON-lines file that is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -160,7 +151,8 @@ class Metrics:
     def __init__(self, folder: Path, trackers: Sequence[str] = (), name: str = "run"):
         self._file = folder / "metrics.jsonl"
         self._step = len(records(self._file))
-        self._sinks = [_tracker(kind, folder, name) for kind in trackers]
+        own = trackers if multihost.leads() else ()
+        self._sinks = [_tracker(kind, folder, name) for kind in own]
 
     def log(self, **scalars: float | int | str) -> None:
         """Appends one line of scalars."""

@@ -1,21 +1,63 @@
-"""Arrays of a run on disk, by Orbax: whole or not at all."""
+"""Arrays of a run on disk or in a bucket, by Orbax: whole or not at all.
 
+Of several processes the first one reads and writes, so that no shared file system is needed.
+"""
+
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
+from seal_jax import files, multihost, sharding
 from seal_jax.errors import SealError
 
+_NEWER = "state"  # where Orbax's newer interface puts a tree within its folder
 
-def save_tree(folder: Path, tree: Any) -> None:
+
+def save_tree(folder: files.AnyPath, tree: Any) -> None:
     """Writes a pytree of arrays; the folder appears when it is complete."""
-    ocp.save(Path(folder).absolute(), tree)
+    if jax.process_count() == 1:
+        ocp.save(_absolute(folder), tree)
+        return
+    # Leaf by leaf: one is whole on the devices at a time.
+    whole = jax.tree.map(lambda x: _to_leader(x), tree)
+
+    def write() -> bytes:
+        _alone().save(_absolute(folder), whole)
+        return b""
+
+    multihost.agree(write)
 
 
-def load_tree(folder: Path, like: Any) -> Any:
+def _to_leader(x: jax.Array) -> np.ndarray:
+    """Returns an array whole in process 0, and nothing in the others."""
+    x = sharding.gather(x)
+    return np.asarray(x) if multihost.leads() else np.zeros(0, x.dtype)
+
+
+def _alone() -> orbax.Checkpointer:
+    """Returns Orbax without its waiting for other processes; its files are those of `ocp`.
+
+    Orbax's newer interface compares paths with all processes, whatever its options.
+    """
+    only = orbax.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="alone"
+    )
+    handler = orbax.PyTreeCheckpointHandler(multiprocessing_options=only)
+    return orbax.Checkpointer(handler, multiprocessing_options=only)
+
+
+def _absolute(folder: files.AnyPath) -> files.AnyPath:
+    folder = files.path(folder)
+    return folder.absolute() if isinstance(folder, Path) else folder
+
+
+def load_tree(folder: files.AnyPath, like: Any) -> Any:
     """Returns a saved pytree.
 
     Args:
@@ -25,16 +67,50 @@ def load_tree(folder: Path, like: Any) -> Any:
       SealError: where the folder holds another tree, or is damaged.
     """
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if jax.process_count() > 1:
+        return _load_by_leader(folder, like)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", device)),
         like,
     )
+    with _damage(folder):
+        tree = ocp.load(_absolute(folder), abstract)
+    return _checked(tree, like, folder)
+
+
+def _load_by_leader(folder: files.AnyPath, like: Any) -> Any:
+    """Returns the tree laid out as `like`: process 0 reads it and tells the others."""
+    abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    read = []
+
+    def load() -> bytes:
+        inside = _absolute(folder) / _NEWER
+        home = inside if inside.exists() else _absolute(folder)
+        args = orbax.checkpoint_utils.construct_restore_args(abstract)
+        with _damage(folder):
+            tree = _alone().restore(home, item=abstract, restore_args=args)
+        read.append(_checked(tree, like, folder))
+        return b""
+
+    multihost.agree(load)
+    found = read[0] if read else abstract
+    return jax.tree.map(
+        lambda x, own: sharding.place(multihost.broadcast(np.asarray(x)), own.sharding), found, like
+    )
+
+
+@contextlib.contextmanager
+def _damage(folder: files.AnyPath) -> Iterator[None]:
+    """Makes errors of reading a sentence."""
     try:
-        tree = ocp.load(Path(folder).absolute(), abstract)
+        yield
     except (ValueError, KeyError, OSError) as error:  # Orbax's own errors derive from these
         cause = error.__cause__ or error
         text = str(cause).strip() or type(cause).__name__
         raise SealError(f"{folder}: cannot be restored: {text.splitlines()[0]}") from error
+
+
+def _checked(tree: Any, like: Any, folder: files.AnyPath) -> Any:
     same = jax.tree.map(lambda a, b: a.shape == b.shape, tree, like)
     if not all(jax.tree.leaves(same)):
         raise SealError(f"{folder}: holds arrays of other shapes than these settings make")

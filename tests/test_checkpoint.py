@@ -184,7 +184,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(copy):
 
 def test_a_tensor_of_integers_is_named(copy):
     edit_tensors(copy, lambda x: x.update({"model.norm.weight": np.ones(16, np.int8)}))
-    with pytest.raises(SealError, match=r"model\.norm\.weight.*int8"):
+    with pytest.raises(SealError, match=r"model\.norm\.weight.*has type I8"):
         read(copy)
 
 

@@ -1,0 +1,122 @@
+"""Files of a run: on a disk or in a bucket (`gs://`, by etils.epath), written by process 0 alone.
+
+Every process gets what process 0 read, so nothing depends on a shared file system.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from etils import epath
+
+from seal_jax import multihost
+from seal_jax.errors import SealError
+
+AnyPath = Path | epath.Path
+
+
+def path(name: str | AnyPath) -> AnyPath:
+    """Returns a path, on a disk or in a bucket.
+
+    Raises:
+      SealError: where the library for buckets of this kind is not installed.
+    """
+    if "://" not in str(name):
+        return Path(name)
+    try:
+        found = epath.Path(name)
+        found.exists()
+        return found
+    except (ImportError, ValueError) as error:
+        kind = str(name).partition("://")[0]
+        raise SealError(
+            f"{name}: {kind}:// paths need a library that is not here (gs:// needs gcsfs): {error}"
+        ) from error
+
+
+def exists(file: AnyPath) -> bool:
+    """Returns whether process 0 finds it."""
+    return multihost.agree(lambda: b"1" if file.exists() else b"") == b"1"
+
+
+def entries(folder: AnyPath) -> list[str]:
+    """Returns the names of what lies in a folder; none where there is no folder."""
+    names = lambda: sorted(x.name for x in folder.iterdir()) if folder.exists() else []
+    return json.loads(multihost.agree(lambda: json.dumps(names()).encode()))
+
+
+def read(file: AnyPath) -> bytes | None:
+    """Returns a file's bytes, or None where there is none."""
+    data = multihost.agree(lambda: b"+" + file.read_bytes() if file.exists() else b"")
+    return data[1:] if data else None
+
+
+def make_folder(folder: AnyPath) -> None:
+    """Makes a folder and those above it."""
+    if multihost.leads():
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write(file: AnyPath, data: bytes) -> None:
+    """Writes a file that is there whole or not at all."""
+    if not multihost.leads():
+        return
+    make_folder(file.parent)
+    if not isinstance(file, Path):
+        file.write_bytes(data)  # buckets show a file when it is complete
+        return
+    partial = file.with_name(f".{file.name}.partial")
+    with open(partial, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(file)
+
+
+def append(file: AnyPath, data: bytes) -> None:
+    """Appends in one write, and waits until it is on disk."""
+    if not multihost.leads():
+        return
+    make_folder(file.parent)
+    if not isinstance(file, Path):
+        before = file.read_bytes() if file.exists() else b""
+        file.write_bytes(before + data)  # buckets cannot append
+        return
+    with open(file, "ab") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def truncate(file: AnyPath, size: int) -> None:
+    """Cuts a file to its first `size` bytes."""
+    if multihost.leads():
+        with contextlib.suppress(FileNotFoundError):
+            data = file.read_bytes()
+            if len(data) > size:
+                write(file, data[:size])
+
+
+def local_copy(folder: AnyPath, patterns: tuple[str, ...]) -> Path:
+    """Returns a folder on this machine's disk with the matching files of one in a bucket."""
+    if isinstance(folder, Path):
+        return folder
+    home = Path(os.environ.get("SEAL_JAX_CACHE") or "~/.cache/seal_jax").expanduser()
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    copy = home / "models" / f"{folder.name}-{name}"
+    for file in folder.iterdir() if folder.exists() else ():
+        if not any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+            continue
+        target = copy / file.name
+        if target.exists() and target.stat().st_size == file.stat().length:
+            continue
+        copy.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{file.name}.{os.getpid()}")
+        with file.open("rb") as source, open(partial, "wb") as out:
+            shutil.copyfileobj(source, out, 1 << 24)
+        partial.replace(target)
+    return copy

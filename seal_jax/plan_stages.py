@@ -1,0 +1,146 @@
+"""The four programs of a round, compiled at the counts asked for or at the largest that fit."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from seal_jax import costs, programs, sampling, sharding
+from seal_jax.config import Config
+from seal_jax.costs import Workload
+from seal_jax.params import ModelConfig
+from seal_jax.plan_search import Fit, search
+
+_QUESTIONS = 8  # answered together under an adapter: five, made up to a power of two
+_SFT_TOKENS = 1024
+
+
+class Setting(NamedTuple):
+    """What all stages of a plan share.
+
+    Attributes:
+      limit: Bytes a program may use on a device, head-room taken off.
+      layout: Of the weights while generating.
+      weights: Bytes of the weights on a device.
+      copy: Bytes of their second copy there, laid out for generation; 0 without one.
+      tokens: Of the longest training text.
+      tell: Hears what is being compiled.
+    """
+
+    cfg: Config
+    config: ModelConfig
+    mesh: Mesh
+    limit: int
+    layout: sharding.Layout
+    weights: int
+    copy: int
+    itemsize: int
+    tokens: int
+    work: Workload
+    tell: Callable[[str], None]
+
+    @property
+    def parts(self) -> int:
+        return sharding.data_size(self.mesh)
+
+    @property
+    def adapter(self) -> int:
+        """Bytes of one adapter."""
+        return 4 * costs.adapter_numbers(self.config, self.cfg.lora)
+
+    @property
+    def free(self) -> int:
+        """Bytes that the weights leave."""
+        return max(self.limit - self.weights - self.copy, 0)
+
+
+def inner(own: Setting, wanted: int) -> Fit:
+    """Returns the inner loop of `wanted` candidates, or of the most that fit (0)."""
+    # Adapter, moments, gradient; inputs of layers; a layer at work; some logits.
+    each = 4 * own.adapter + 2 * 4 * 128 * own.config.vocab_size
+    width = own.config.n_layers * own.config.d_model + 6 * own.config.d_ff
+    guess = own.free * own.parts / (each + own.itemsize * own.tokens * width)
+    at = _at(
+        own,
+        f"the inner loop of {own.tokens} tokens",
+        lambda c: programs.inner_loop(own.config, own.cfg, own.mesh, c, own.tokens),
+        own.copy,
+    )
+    edits = own.cfg.outer.contexts * own.cfg.sampling.n
+    return _find(own, at, wanted, own.parts, edits, int(guess))
+
+
+def answer(own: Setting, chunk: int) -> Fit:
+    """Returns the answers of as many of a chunk's candidates as are answered together."""
+    rows = (own.cfg.answers.chunk or own.parts * sampling.ROWS["other"]) // own.parts
+    each = max(1, min(chunk // own.parts, rows // _QUESTIONS))
+    # Training's weights lie beside the copy that is read, and all adapters beside those in use.
+    besides = own.weights if own.copy else 0
+    besides += own.adapter * (chunk // own.parts) if each * own.parts < chunk else 0
+    shape = (_QUESTIONS, own.work.question, own.layout)
+    at = _at(
+        own,
+        "answers",
+        lambda c: programs.answering(own.config, own.cfg, own.mesh, c, *shape),
+        besides,
+    )
+    return at(each * own.parts)
+
+
+def write(own: Setting) -> Fit:
+    """Returns the writing of `sampling.chunk` self-edits at once, or of the most that fit."""
+    settings = own.cfg.sampling
+    token = costs.cache_bytes(own.config, own.itemsize)
+    each = token * (own.work.prompt / settings.n + settings.max_tokens)
+    each += 6 * 4 * own.config.vocab_size  # logits, sorted and not
+    at = _at(
+        own,
+        f"self-edits of {settings.max_tokens} tokens",
+        lambda c: programs.writing(own.config, own.cfg, own.mesh, c, own.work.prompt, own.layout),
+        own.weights if own.copy else 0,
+    )
+    edits = own.cfg.outer.contexts * settings.n
+    guess = int(0.8 * own.free * own.mesh.size / each)
+    return _find(own, at, settings.chunk, own.parts * settings.n, edits, guess)
+
+
+def finetune(own: Setting) -> Fit:
+    """Returns the finetuning of the policy; the model before and after lie side by side."""
+    sft = own.cfg.outer.sft
+    length = min(sft.max_length, own.work.prompt + own.cfg.sampling.max_tokens, _SFT_TOKENS)
+    at = _at(
+        own,
+        f"finetuning on texts of {length} tokens",
+        lambda _: programs.finetuning(own.config, own.cfg, own.mesh, length),
+        own.weights,
+    )
+    return at(sft.batch_size)
+
+
+def _at(
+    own: Setting, label: str, lower: Callable[[int], Any], besides: int
+) -> Callable[[int], Fit]:
+    """Returns a function that compiles a program for a count.
+
+    Args:
+      besides: Bytes on each device that are none of the program's.
+    """
+
+    def compiled(count: int) -> Fit:
+        own.tell(f"compiling {label}: {count} at once")
+        try:
+            memory = programs.memory(programs.compiled(lower(count)))
+        except programs.TooBig as error:
+            return Fit(count, error.needed and error.needed + besides, None, False)
+        total = memory.total + besides
+        return Fit(count, total, memory._asdict() | {"besides": besides}, total <= own.limit)
+
+    return compiled
+
+
+def _find(
+    own: Setting, at: Callable[[int], Fit], wanted: int, unit: int, most: int, first: int
+) -> Fit:
+    if wanted:
+        return at(-(-wanted // unit) * unit)
+    return search(at, own.limit, unit, -(-most // unit) * unit, first)

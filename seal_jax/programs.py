@@ -1,0 +1,209 @@
+"""The real programs of a run, compiled ahead of time for devices that need not be there.
+
+The inner loop is `inner.adapt_slots`, generation `decoding.run`, finetuning what `outer.finetune`
+runs; only their arguments are shapes instead of arrays.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from seal_jax import decoding, inner, lora, outer, sharding
+from seal_jax import params as params_lib
+from seal_jax.config import Config
+from seal_jax.params import ModelConfig
+from seal_jax.slots import Slots
+
+
+class Memory(NamedTuple):
+    """Bytes on each device while a program runs."""
+
+    arguments: int
+    outputs: int  # those that do not take the place of an argument
+    temporaries: int
+    code: int
+    peak: int  # all but the code, as the compiler reckons it; 0 where it does not say
+
+    @property
+    def total(self) -> int:
+        """What is there at once. The sum counts temporaries that never live together: compilers
+        accept programs whose sum is far beyond the device."""
+        least = self.arguments + self.outputs
+        return max(self.peak or least + self.temporaries, least) + self.code
+
+
+class TooBig(Exception):
+    """The compiler refused: the program does not fit. `needed` is in bytes, where it said so."""
+
+    def __init__(self, needed: int | None):
+        super().__init__(needed)
+        self.needed = needed
+
+
+def weights(config: ModelConfig, mesh: Mesh, layout: sharding.Layout = "fsdp") -> Any:
+    """Returns the weights as shapes with shardings."""
+    places = sharding.weights(config, mesh, layout)
+    cpu = mesh.devices.flat[0].platform == "cpu"  # as `checkpoint.load_model` chooses
+    return _placed(params_lib.shapes(config, jnp.float32 if cpu else jnp.bfloat16), places)
+
+
+def inner_loop(
+    config: ModelConfig, cfg: Config, mesh: Mesh, candidates: int, tokens: int, steps: int = 16
+) -> Any:
+    """Returns the lowered inner loop of a chunk, each step of one row of `tokens`."""
+    rows = 1 if cfg.inner.batch_size else 4
+    slots = _slots(candidates, rows, tokens, steps)
+    adapters = _stacked(lora.shapes(config, cfg.lora), candidates)
+    with sharding.use(mesh):
+        return inner.adapt_slots.lower(
+            weights(config, mesh),
+            _placed(adapters, sharding.adapters(config, cfg.lora, mesh)),
+            _placed(slots, inner.slot_shardings(slots, mesh)),
+            settings=inner.loop_settings(cfg.inner),
+            remat=cfg.inner.remat != "none",
+        )
+
+
+def writing(
+    config: ModelConfig,
+    cfg: Config,
+    mesh: Mesh,
+    sequences: int,
+    prompt: int,
+    layout: sharding.Layout,
+) -> Any:
+    """Returns the lowered generation of `sequences` self-edits in all, n of each prompt."""
+    parts = sharding.data_size(mesh)
+    rows = max(1, sequences // (parts * cfg.sampling.n))
+    return _generation(
+        config,
+        mesh,
+        None,
+        (parts, rows, prompt),
+        layout,
+        samples=cfg.sampling.n,
+        room=cfg.sampling.max_tokens,
+        greedy=not cfg.sampling.temperature,
+        nucleus=bool(cfg.sampling.temperature) and cfg.sampling.top_p < 1,
+        own_adapters=False,
+    )
+
+
+def answering(
+    config: ModelConfig,
+    cfg: Config,
+    mesh: Mesh,
+    candidates: int,
+    questions: int,
+    prompt: int,
+    layout: sharding.Layout,
+) -> Any:
+    """Returns the lowered generation of answers, each candidate's under its own adapter."""
+    adapters = _stacked(lora.shapes(config, cfg.lora), candidates)
+    adapters = _placed(adapters, sharding.adapters(config, cfg.lora, mesh))
+    return _generation(
+        config,
+        mesh,
+        adapters,
+        (candidates, questions, prompt),
+        layout,
+        samples=1,
+        room=cfg.answers.max_tokens,
+        greedy=True,
+        nucleus=False,
+        own_adapters=True,
+    )
+
+
+def finetuning(config: ModelConfig, cfg: Config, mesh: Mesh, tokens: int, steps: int = 16) -> Any:
+    """Returns the lowered finetuning of the policy, each step `batch_size` rows of `tokens`."""
+    sft = cfg.outer.sft
+    rows = sft.batch_size + -sft.batch_size % sharding.data_size(mesh)
+    slots = _slots(1, rows, tokens, steps)
+    slots = outer.one_candidate(slots, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    slots = _placed(slots, jax.tree.map(lambda _: sharding.replicated(mesh), slots))
+    settings = {"settings": outer.program(sft), "remat": True}
+    with sharding.use(mesh):
+        if sft.method == "full":
+            return outer.fit_all.lower(weights(config, mesh), slots, **settings)
+        places = sharding.adapters(config, sft.lora, mesh, stacked=False)
+        adapter = _placed(lora.shapes(config, sft.lora), places)
+        return outer.fit_lora.lower(weights(config, mesh), adapter, slots, **settings)
+
+
+def compiled(lowered: Any) -> Any:
+    """Returns the compiled program.
+
+    Raises:
+      TooBig: where the compiler finds that it does not fit.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = re.search(r"(?:[Uu]sed |\()([\d.]+)([KMG])\)? (?:of|exceeds)", str(error))
+        scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+        raise TooBig(said and int(float(said[1]) * scale[said[2]])) from error
+
+
+def memory(program: Any) -> Memory:
+    """Returns the bytes on each device while a compiled program runs."""
+    found = program.memory_analysis()
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        peak=getattr(found, "peak_memory_in_bytes", 0) or 0,
+    )
+
+
+def _generation(config, mesh, adapters, shape, layout, **static) -> Any:
+    over, whole = sharding.candidates(mesh), sharding.replicated(mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
+    with sharding.use(mesh):
+        return decoding.run.lower(
+            weights(config, mesh, layout),
+            adapters,
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
+            jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=over),
+            jax.ShapeDtypeStruct(shape[:2], jnp.uint32, sharding=over),
+            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+            jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole),
+            scalar(jnp.int32),
+            scalar(jnp.float32),
+            scalar(jnp.float32),
+            **static,
+        )
+
+
+def _slots(candidates: int, rows: int, tokens: int, steps: int) -> Slots:
+    """Returns a chunk's arrays as shapes, with one bucket of `steps` slots."""
+    of = jax.ShapeDtypeStruct
+    size = (candidates, steps, rows, tokens)
+    return Slots(
+        tokens=(of(size, jnp.int32),),
+        weights=(of(size, jnp.int8),),
+        segments=(of(size, jnp.int32),),
+        bucket_i=of((steps,), jnp.int32),
+        row_i=of((steps,), jnp.int32),
+        active_ci=of((candidates, steps), jnp.bool_),
+        visits=of((), jnp.int32),
+        learning_rate_c=of((candidates,), jnp.float32),
+        total_c=of((candidates,), jnp.int32),
+    )
+
+
+def _stacked(tree: Any, candidates: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((candidates, *x.shape), x.dtype), tree)
+
+
+def _placed(tree: Any, places: Any) -> Any:
+    put: Callable = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(put, tree, places)

@@ -1,0 +1,110 @@
+"""Laws of attention: the TPU kernel, run as plain JAX, is the XLA form in values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seal_jax import attention
+
+# Texts 1 and 2, trained padding of 2 that nothing sees, text 3, its trained padding, padding.
+PACKED = [1] * 50 + [2] * 20 + [-2] * 11 + [3] * 60 + [-3] * 5 + [0] * 4
+LONG = [1] * 100 + [2] * 50
+NAMES = ("q", "k", "v")
+
+
+def mask_of(segments: np.ndarray | None, t: int) -> np.ndarray:
+    """Returns which keys each query sees, written out from `model.hidden`'s docstring."""
+    seen = np.zeros((1 if segments is None else len(segments), t, t), bool)
+    for row, own in enumerate([np.ones(t, int)] if segments is None else segments):
+        for query in range(t):
+            for key in range(query + 1):
+                seen[row, query, key] = own[key] == abs(own[query])
+    return seen
+
+
+def inputs(t: int, b: int = 2, n: int = 4, k: int = 2, h: int = 64, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    shapes = [(b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def values_and_gradients(attend, q, k, v, weight):
+    out, back = jax.vjp(attend, q, k, v)
+    return out, back(weight)
+
+
+@pytest.mark.parametrize("segments", [None, [PACKED, LONG]], ids=["one text", "packed"])
+def test_the_kernel_is_the_plain_form_in_values_and_gradients(segments):
+    segments = segments and np.array(segments, np.int32)
+    t = len(PACKED)
+    q, k, v, weight = inputs(t)
+    mask = mask_of(segments, t)
+    if segments is not None:
+        weight = weight * (segments != 0)[:, :, None, None]  # what padding says is nothing's law
+    kernel = functools.partial(attention.splash, segments_bt=segments, interpret=True)
+    plain = functools.partial(attention.attend, mask_bts=mask)
+    out, grads = jax.jit(functools.partial(values_and_gradients, kernel))(q, k, v, weight)
+    want, want_grads = values_and_gradients(plain, q, k, v, weight)
+    real = np.ones((2, t), bool) if segments is None else segments != 0
+    # Two orders of summing 150 float32 terms.
+    np.testing.assert_allclose(out[real], want[real], atol=2e-6)
+    for name, got, expected in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-5, err_msg=f"gradient of {name}")
+
+
+def test_under_two_vmaps_every_candidate_and_row_is_its_own():
+    t = 130
+    segments = np.array([[[1] * 70 + [2] * 60], [[1] * 30 + [-1] * 100]], np.int32)
+    q, k, v, _ = (jnp.stack([x, x[:, ::-1]]) for x in inputs(t, b=1))
+    together = jax.jit(jax.vmap(functools.partial(attention.splash, interpret=True)))
+    out = together(q, k, v, segments)
+    for c in range(2):
+        alone = attention.attend(q[c], k[c], v[c], mask_of(segments[c], t))
+        np.testing.assert_allclose(out[c], alone, atol=2e-6)
+
+
+def test_a_text_of_padding_alone_is_finite():
+    q, k, v, weight = inputs(128, b=1)
+    segments = np.full((1, 128), -1, np.int32)
+    kernel = functools.partial(attention.splash, segments_bt=segments, interpret=True)
+    for x in jax.tree.leaves(values_and_gradients(kernel, q, k, v, weight)):
+        assert np.isfinite(x).all()
+
+
+def test_on_other_machines_the_choice_changes_no_bit_and_leaves_no_trace():
+    q, k, v, weight = inputs(128)
+    segments = np.array([[1] * 60 + [2] * 68] * 2, np.int32)
+    mask = mask_of(segments, 128)
+    run = lambda attend: jax.jit(functools.partial(values_and_gradients, attend))
+    chosen = run(
+        lambda q, k, v: attention.attend_rows(q, k, v, mask, segments, recomputed=True)
+    ).lower(q, k, v, weight)
+    plain = run(lambda q, k, v: attention.attend(q, k, v, mask))
+    for got, want in zip(
+        jax.tree.leaves(chosen.compile()(q, k, v, weight)),
+        jax.tree.leaves(plain(q, k, v, weight)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+    assert "tpu_custom_call" not in chosen.as_text()
+
+
+def test_a_gradient_that_keeps_activations_never_traces_the_kernel(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("traced")
+
+    monkeypatch.setattr(attention, "splash", refuse)
+
+    def trace(t: int, h: int, recomputed: bool) -> None:
+        rows = inputs(t, b=1, h=h)[:3]
+        one = functools.partial(attention.attend_rows, recomputed=recomputed, segments_bt=None)
+        jax.make_jaxpr(one)(*rows, mask_bts=mask_of(None, t))
+
+    trace(128, 64, False)
+    trace(128, 16, True)  # narrow heads
+    trace(64, 64, True)  # short rows
+    with pytest.raises(AssertionError, match="traced"):
+        trace(128, 64, True)

@@ -1,0 +1,148 @@
+"""Runs of two processes, and of one that is asked to stop: the same records, and clear ends."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from seal_jax import checkpoint, runs
+from seal_jax import params as params_lib
+from seal_jax.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "task.size=8",
+    "outer.rounds=1",
+    "outer.contexts=3",
+    "outer.control=false",
+    "outer.sft.epochs=1",
+    "sampling.n=2",
+    "sampling.max_tokens=12",
+    "sampling.chunk=2",
+    "answers.max_tokens=4",
+    "inner.epochs=1",
+    "inner.chunk=2",
+    "evaluation.contexts=0",
+    "distributed.start_s=120",
+]
+LATE = 240  # seconds after which a test gives up
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model of one layer, and the compiled programs of all runs here."""
+    home = tmp_path_factory.mktemp("multihost")
+    lm = checkpoint.load_model("tiny-world")
+    tiny = {"d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_head": 8, "d_ff": 32}
+    config = dataclasses.replace(lm.config, **tiny)
+    lm = checkpoint.LM(params_lib.init(config, 1), lm.tokenizer, config)
+    checkpoint.save_hf(lm, home / "model")
+    return home
+
+
+def arguments(home, folder, *overrides):
+    config = str(ROOT / "configs" / "tiny_world.yaml")
+    own = [*SMALL, f"model.path={home / 'model'}", *overrides]
+    return ["run", config, *own, "--run", str(folder)]
+
+
+def launch(home, folder, *overrides):
+    environment = {
+        **os.environ,
+        "SEAL_JAX_CACHE": str(home / "cache"),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [sys.executable, "-m", "seal_jax", *arguments(home, folder, *overrides)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def launch_two(home, folder):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    join = [f"distributed.coordinator=localhost:{port}", "distributed.processes=2"]
+    return [launch(home, folder, *join, f"distributed.process_id={i}") for i in range(2)]
+
+
+def ends(processes):
+    """Returns exit status and standard error of each."""
+    texts = [process.communicate(timeout=LATE)[1] for process in processes]
+    return [process.returncode for process in processes], texts
+
+
+def wait_for(process, reached):
+    """Waits until a run has come so far."""
+    start = time.monotonic()
+    while not reached():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() - start < LATE
+        time.sleep(0.02)
+
+
+def count(file):
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def check_same(ours, theirs):
+    """Asserts that two runs left the same records; losses are sums in another order."""
+    for name in ("edits", "rewards", "base", "kept"):
+        file = Path("round_0") / f"{name}.jsonl"
+        rows, expected = runs.records(ours / file), runs.records(theirs / file)
+        assert len(rows) == len(expected) > 0
+        for a, b in zip(rows, expected, strict=True):
+            for field in ("first_loss", "last_loss", "logprob"):
+                if a.get(field) is not None:
+                    assert a.pop(field) == pytest.approx(b.pop(field), rel=1e-3)
+            assert a == b, name
+    assert (ours / "round_0" / "policy").is_dir()
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """The run of one process."""
+    assert main(arguments(home, home / "alone")) == 0
+    return home / "alone"
+
+
+def test_two_processes_leave_the_records_of_one(home, alone):
+    processes = launch_two(home, home / "two")
+    status, texts = ends(processes)
+    assert status == [0, 0], texts
+    check_same(home / "two", alone)
+    assert "write self-edits" in texts[0] and "write self-edits" not in texts[1]
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_process_ends_the_other_with_a_sentence_and_a_restart_goes_on(home, alone, killed):
+    folder = home / f"killed_{killed}"
+    processes = launch_two(home, folder)
+    wait_for(processes[0], lambda: count(folder / "round_0" / "rewards.jsonl") >= 2)
+    processes[killed].kill()
+    status, texts = ends(processes)
+    assert status[1 - killed] not in (0, -signal.SIGKILL)
+    assert f"process {killed} of 2 was lost" in texts[1 - killed]
+    if not killed:
+        return
+    status, texts = ends(launch_two(home, folder))
+    assert status == [0, 0], texts
+    check_same(folder, alone)
+
+
+def test_sigterm_stops_at_the_next_record_and_the_same_command_goes_on(home, alone):
+    folder = home / "stopped"
+    process = launch(home, folder)
+    wait_for(process, lambda: count(folder / "round_0" / "edits.jsonl") >= 1)
+    process.send_signal(signal.SIGTERM)
+    (status,), (text,) = ends([process])
+    assert status == 143 and "the same command goes on from here" in text
+    assert not (folder / "round_0" / "summary.json").exists()
+    assert main(arguments(home, folder)) == 0
+    check_same(folder, alone)

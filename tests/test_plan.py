@@ -1,0 +1,181 @@
+"""Laws of plans: what the TPU compiler says of the real programs, and what is made of it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seal_jax import __main__ as main
+from seal_jax import architecture, config, costs, hardware, lora, plan, plan_search, plan_text
+from seal_jax import params as params_lib
+from seal_jax.errors import SealError
+from seal_jax.hardware import GIB
+from seal_jax.plan_search import Fit
+
+ROOT = Path(__file__).parents[1]
+SEVEN = ROOT / "configs" / "squad_qwen2p5_7b.yaml"
+HEAD_ROOM = 0.9
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict:
+    """What the compiler says of Qwen2.5-7B, rank 32 on all seven projections, for a v5e-8."""
+    pytest.importorskip("libtpu")
+    env = os.environ | plan.ENVIRONMENT | {"JAX_OPTIMIZATION_LEVEL": "O1", "SEAL_JAX_CACHE": ""}
+    command = [sys.executable, str(ROOT / "tests" / "workers" / "aot.py"), str(SEVEN)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def shapes_moved(line: str) -> list[list[int]]:
+    """Returns the shapes a collective moves between devices; none if each is alone in its group."""
+    if re.search(r"replica_groups=\{(\{\d+\},?)+\}", line):
+        return []
+    result = re.split(r" (?:all|collective|reduce)-[a-z-]+\(", line.split("= ", 1)[1])[0]
+    return [
+        [int(x) for x in dims.split(",")] for dims in re.findall(r"[a-z]\w*\[([\d,]+)\]", result)
+    ]
+
+
+def test_a_7b_model_on_a_v5e_8(facts):
+    """One test, since the programs compile for minutes: test runners split a module's tests."""
+    allowed = HEAD_ROOM * facts["allowed"]
+    # 40 candidates fit with head-room; adapters were donated, so only measures come out.
+    memory = facts["inner 40"]
+    assert memory["peak"] and memory["peak"] + memory["code"] < allowed
+    assert memory["outputs"] < GIB / 100
+    # 64 are refused for want of head-room, 80 by the compiler, which says what they need.
+    assert facts["inner 64"]["fits"] is False and facts["inner 64"]["bytes"] > allowed
+    assert "does NOT fit (inner loops)" in facts["verdict 64"]
+    assert facts["inner 80"] > facts["allowed"]
+    # The kernel is in the program (forward, and gradients of q and of k and v), no float64, and
+    # nothing goes to the host.
+    assert facts["kernels"] >= 3 and not facts["float64"] and not facts["transfers"]
+    # Collectives gather frozen weights, and none moves an adapter.
+    moved = [shape for line in facts["collectives"] for shape in shapes_moved(line)]
+    assert any(3584 in shape or 448 in shape for shape in moved)
+    assert not [shape for shape in moved if facts["rank"] in shape]
+    # Generation fits beside the weights that training keeps.
+    resident = 2 * costs.matrix_numbers(architecture.find("Qwen/Qwen2.5-7B")) / facts["devices"]
+    assert facts["layout"] == "tensor"
+    assert facts["answer 32"]["peak"] + resident < allowed
+
+
+def test_an_adapter_that_moves_would_be_seen():
+    line = (
+        "%all-gather.1 = f32[40,28,3584,32]{3,2,1,0} all-gather(%x), channel_id=1, "
+        "replica_groups=[1,8]<=[8], dimensions={0}"
+    )
+    assert shapes_moved(line) == [[40, 28, 3584, 32]]
+    pair = "%c = (f32[5,3584,32], u32[]{:S(2)}) collective-permute-start(%x), channel_id=1"
+    assert [5, 3584, 32] in shapes_moved(pair)
+    alone = line.replace("replica_groups=[1,8]<=[8]", "replica_groups={{0},{1},{2}}")
+    assert shapes_moved(alone) == []
+
+
+@pytest.mark.parametrize(("fixed", "each", "most"), [(3.0, 0.2, 250), (9.9, 0.31, 64), (1, 1, 8)])
+def test_the_search_finds_the_largest_that_fits_in_few_tries(fixed, each, most):
+    limit, tried = 14 * GIB, []
+
+    def at(count: int) -> Fit:
+        tried.append(count)
+        needed = (fixed + each * count) * GIB * (1 + 0.02 * (count % 3))  # nearly affine
+        refused = needed > 1.1 * limit
+        return Fit(count, None if refused else int(needed), None, needed <= limit)
+
+    units = range(8, most + 1, 8)
+    best = max((c for c in units if at(c).fits), default=0)
+    for first in (0, 8, 64, 10_000):
+        tried.clear()
+        assert plan_search.search(at, limit, 8, most, first).count == best
+        assert len(tried) <= 7 and all(c % 8 == 0 and 0 < c <= most for c in tried)
+
+
+def test_where_nothing_fits_the_search_says_what_one_would_need():
+    at = lambda count: Fit(count, 99 * GIB, None, False)
+    found = plan_search.search(at, 14 * GIB, 8, 64, 64)
+    assert (found.count, found.bytes, found.fits) == (0, 99 * GIB, False)
+
+
+def test_the_public_architectures_have_as_many_weights_as_their_names_say():
+    # Published parameter counts, in thousands.
+    published = {
+        "Qwen/Qwen2.5-0.5B": 494_033,
+        "Qwen/Qwen2.5-1.5B": 1_543_714,
+        "Qwen/Qwen2.5-3B": 3_085_939,
+        "Qwen/Qwen2.5-7B": 7_615_617,
+        "meta-llama/Llama-3.2-1B": 1_235_814,
+        "meta-llama/Llama-3.2-3B": 3_212_750,
+    }
+    assert set(published) == set(architecture.PUBLIC)
+    for name, count in published.items():
+        shapes = params_lib.shapes(architecture.find(f"{name}-Instruct"))
+        sizes = [shapes.embed.size, shapes.norm.size, *(x.size for x in shapes.layers.values())]
+        sizes.append(0 if shapes.head is None else shapes.head.size)
+        assert round(sum(sizes) / 1000) == count, name
+
+
+def test_training_costs_six_operations_a_weight_and_token_and_little_more():
+    model = architecture.PUBLIC["Qwen/Qwen2.5-7B"]
+    settings = config.Lora()
+    numbers = costs.matrix_numbers(model)
+    assert costs.adapter_numbers(model, settings) == sum(
+        x.size
+        for part in (lora.shapes(model, settings).a, lora.shapes(model, settings).b)
+        for x in part.values()
+    )
+    per_token = costs.train_flops(model, settings, 100) / 100
+    assert 6 * numbers < per_token < 6.2 * numbers
+    # Attention grows with the square of the length.
+    extra = lambda t: costs.train_flops(model, settings, t) - t * (6 * numbers)
+    assert extra(4000) > 4 * extra(1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("v9:2x2", "not known; --topology list"),
+        ("v5litepod-8", "not known; --topology list"),
+        ("v5e:2xa", "not known; --topology list"),
+        ("v5p:2x2", "laid out in 3 dimensions, such as v5p:2x2x1"),
+    ],
+)
+def test_an_unknown_topology_is_one_sentence(name, sentence, capsys):
+    assert main.main(["plan", str(SEVEN), "--topology", name]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and name in said and said.count("\n") == 1
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SealError, match=r"libtpu: pip install 'seal_jax\[tpu\]'"):
+        plan.make(plan.Request(config.Config(), "v5e-8"))
+
+
+def test_every_named_slice_is_listed_and_known(capsys):
+    assert main.main(["plan", "--topology", "list"]) == 0
+    said = capsys.readouterr().out
+    for name in hardware.NAMES:
+        assert name in said
+        kind = hardware.slice_of(name).kind
+        assert kind in hardware.MEMORY and kind in said
+    assert {hardware.slice_of(name).kind for name in hardware.NAMES} == set(hardware.CHIPS)
+
+
+def test_a_plan_for_this_machine_reads_as_text(tmp_path, capsys):
+    file = tmp_path / "plans" / "tiny.json"
+    overrides = ["sampling.max_tokens=16", "inner.chunk=2", "sampling.chunk=5"]
+    command = ["plan", str(ROOT / "configs" / "tiny_world.yaml"), *overrides]
+    status = main.main([*command, "--tokens", "32", "--json", str(file)])
+    made = json.loads(file.read_text())
+    assert status == 0 and made["fits"] and made["stages"]["inner"]["count"] == 2
+    assert all(fit["bytes"] > 0 for fit in made["stages"].values())
+    said = capsys.readouterr().out
+    assert "fits" in said and "inner loops" in said and "hours" not in made
+    made["fits"] = made["stages"]["inner"]["fits"] = False
+    assert "does NOT fit (inner loops)" in plan_text.verdict(made)
