@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from seal_jax import config as config_lib
 from seal_jax import params as params_lib
-from seal_jax import runtime
+from seal_jax import runtime, sharding
 from seal_jax.architecture import read_config, write_config
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params
@@ -27,16 +27,28 @@ _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits 
 
 
 class LM(NamedTuple):
-    """A language model: weights, tokenizer, architecture, and the folder it came from."""
+    """A language model: weights, tokenizer, architecture, and the folder it came from.
+
+    `reader` is a copy of the weights laid out over devices for generation, while there is one.
+    """
 
     params: Params
     tokenizer: Any
     config: ModelConfig
     source: Path | None = None
+    reader: Params | None = None
 
 
-def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None) -> LM:
+def load_model(
+    model: config_lib.Model | str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> LM:
     """Returns a model from a folder, a hub id, or the built-in name tiny-world.
+
+    Args:
+      mesh: Devices that share the weights; by default they lie on one.
 
     Raises:
       SealError: names the file and what is missing, misshapen or unsupported.
@@ -49,7 +61,10 @@ def load_model(model: config_lib.Model | str | Path, *, dtype: str | None = None
     kind = dtype or model.dtype
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return LM(read_params(folder, config, jnp.dtype(kind)), load_tokenizer(folder), config, folder)
+    params = read_params(folder, config, jnp.dtype(kind))
+    if mesh is not None and mesh.size > 1:
+        params = sharding.place(params, sharding.weights(config, mesh))
+    return LM(params, load_tokenizer(folder), config, folder)
 
 
 def find(path: str, revision: str | None = None) -> Path:

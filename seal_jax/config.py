@@ -212,6 +212,19 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Mesh:
+    """How devices share the work; one device needs none of it."""
+
+    data: Count = 0
+    """Devices that share out candidates and keep parts of the weights; 0 is all that remain."""
+    model: Positive = 1
+    """Devices that share out heads, feed-forward and vocabulary of one candidate."""
+    decode: Literal["auto", "fsdp", "tensor", "replicated"] = "auto"
+    """Weights while generating: gathered for each token, split over all devices, or whole along
+    `data`; auto takes what fits, the fastest first."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -225,6 +238,7 @@ class Config:
     answers: Answers = Answers()
     outer: Outer = Outer()
     evaluation: Evaluation = Evaluation()
+    mesh: Mesh = Mesh()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(default=())
     """Where scalars go besides metrics.jsonl."""
 

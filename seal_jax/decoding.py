@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from seal_jax import model
+from seal_jax import model, sharding
 from seal_jax.lora import Adapter
 from seal_jax.model import Cache
 from seal_jax.params import Params
@@ -85,8 +85,8 @@ def run(
         return token.astype(jnp.int32), chosen - jax.nn.logsumexp(logits_cbqv, -1)
 
     start = functools.partial(model.prefill, samples=samples, room=room)
-    start = jax.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
-    go_on = jax.vmap(
+    start = sharding.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
+    go_on = sharding.vmap(
         model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
     )
     logits_cbv, cache = start(params, adapters, tokens_cbt, jnp.maximum(length_cb, 1))
@@ -125,7 +125,7 @@ def run(
 
     state = (jnp.int32(1), token, done, cache, arrays)
     _, _, done, _, arrays = jax.lax.while_loop(unfinished, advance, state)
-    return *arrays, done
+    return sharding.whole((*arrays, done))
 
 
 def _key(key: jax.Array, row: jax.Array, sample: jax.Array) -> jax.Array:

@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import checkpoint, judge_model, outer, progress, rewards, runs, stats
+from seal_jax import (
+    checkpoint,
+    judge_model,
+    outer,
+    progress,
+    rewards,
+    runs,
+    sampling,
+    sharding,
+    stats,
+)
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
@@ -53,8 +63,9 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     task = load_task(cfg.task, judge_model.replies_of(cfg))
     check(cfg, task)
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
+    mesh = sharding.make(cfg.mesh)
     path = runs.open_run(cfg, folder)
-    lm = checkpoint.load_model(cfg.model)
+    lm = checkpoint.load_model(cfg.model, mesh=mesh)
     metrics = runs.Metrics(path, cfg.trackers, cfg.name)
     summaries, policies = [], {"own self-edits": lm}
     policy = control = lm
@@ -175,7 +186,7 @@ def base_rewards(
     """Returns the un-adapted model's reward on each context: once per policy, kept on file."""
     found = {row["context"]: row["reward"] for row in runs.records(file)}
     if any(context.id not in found for context in contexts):
-        scores = rewards.score(lm, None, task, contexts, cfg)
+        scores = rewards.score(sampling.ready(lm, cfg.mesh), None, task, contexts, cfg)
         rows = [
             {"context": context.id, "reward": float(reward), "answers": answers}
             for context, reward, answers in zip(

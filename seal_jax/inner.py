@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, lora, optim
+from seal_jax import batching, lora, optim, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch
@@ -97,13 +97,15 @@ def adapt_slots(
     """Returns the adapters [c, ...] and measures [c, i] of a chunk; the base has no `c` axis."""
     one = functools.partial(adapt, settings=settings, remat=remat)
     axes = Slots(**_AXES)
-    return jax.vmap(one, in_axes=(None, 0, axes))(params, adapters, slots)
+    trained, measures = sharding.vmap(one, in_axes=(None, 0, axes))(params, adapters, slots)
+    return sharding.constrain_adapters(trained, params.config), sharding.whole(measures)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
 def init_many(config, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array) -> Adapter:
     """Returns a fresh adapter for each candidate; a candidate's depends on `key` and its id."""
-    return jax.vmap(lambda name: lora.init(config, settings, jax.random.fold_in(key, name)))(ids_c)
+    one = lambda name: lora.init(config, settings, jax.random.fold_in(key, name))
+    return sharding.constrain_adapters(sharding.vmap(one)(ids_c), config)
 
 
 def recompute(settings: config_lib.Inner) -> bool:
@@ -125,18 +127,39 @@ def chunk_size(settings: config_lib.Inner) -> int:
 
 def adapt_chunk(
     params: Params, batch: Batch, chunk: slots_lib.Chunk, key: jax.Array, lora_settings
-) -> tuple[Adapter, np.ndarray]:
+) -> tuple[Adapter, jax.Array]:
     """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included."""
     ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
-    adapters = init_many(params.config, lora_settings, key, ids)
-    adapters, measures = adapt_slots(
-        params,
-        adapters,
-        chunk.slots,
-        settings=loop_settings(batch.settings),
-        remat=recompute(batch.settings),
-    )
+    mesh = sharding.of(params)
+    slots = place(chunk.slots, mesh)
+    ids, key = sharding.share_out(ids, mesh), sharding.share(key, mesh)
+    with sharding.use(mesh):
+        adapters, measures = adapt_slots(
+            params,
+            init_many(params.config, lora_settings, key, ids),
+            slots,
+            settings=loop_settings(batch.settings),
+            remat=recompute(batch.settings),
+        )
     return adapters, measures.loss
+
+
+def place(slots: Slots, mesh: jax.sharding.Mesh | None) -> Slots:
+    """Returns a chunk's arrays on the devices, each candidate's where its adapter lies."""
+    if mesh is None:
+        return jax.device_put(slots)
+    return sharding.place(slots, slot_shardings(slots, mesh))
+
+
+def slot_shardings(slots: Slots, mesh: jax.sharding.Mesh) -> Slots:
+    """Returns the sharding of each array of a chunk."""
+    of = lambda name: sharding.replicated if name in slots_lib.SHARED else sharding.candidates
+    return Slots(
+        **{
+            name: jax.tree.map(lambda _, name=name: of(name)(mesh), getattr(slots, name))
+            for name in Slots.__dataclass_fields__
+        }
+    )
 
 
 def loop_settings(settings: config_lib.Inner) -> config_lib.Inner:
@@ -161,11 +184,12 @@ def adapt_many(
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
     """
     adapters, losses, places = [], [], []
-    for chunk in slots_lib.arrange(batch, chunk_size(batch.settings), key):
+    multiple = sharding.data_size(sharding.of(params))
+    for chunk in slots_lib.arrange(batch, chunk_size(batch.settings), key, multiple):
         some, loss = adapt_chunk(params, batch, chunk, key, cfg.lora)
         real = np.flatnonzero(chunk.index >= 0)
         adapters.append(lora.take(some, real))
-        losses.append(np.asarray(loss)[real])
+        losses.append(sharding.fetch(loss)[real])
         places.append(chunk.index[real])
     back = np.argsort(np.concatenate(places))
     joined = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *adapters)

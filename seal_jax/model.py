@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from seal_jax import attention, lora
+from seal_jax import attention, lora, sharding
 from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, table
 
@@ -128,6 +128,7 @@ def hidden(
             kept.extend([k.swapaxes(1, 2), v.swapaxes(1, 2)] if keep_keys else [])
             return attention.attend(q, k, v, mask)
 
+        x_btd = sharding.constrain(x_btd, "btd", config)
         x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend)
         return x_btd, tuple(kept)
 

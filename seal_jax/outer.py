@@ -14,7 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, inner, lora, optim, progress, rewards, runs, sampling, state, stats
+from seal_jax import (
+    batching,
+    inner,
+    lora,
+    optim,
+    progress,
+    rewards,
+    runs,
+    sampling,
+    sharding,
+    state,
+    stats,
+)
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -88,30 +100,52 @@ def finetune(
     one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
     batch = batching.Batch((one,), loop, rewards.eos(lm))
     (chunk,) = slots_lib.arrange(batch, 1, key)
-    slots = chunk.slots
-    slots = slots.replace(
-        **{
-            name: jax.tree.map(lambda x: x[0], getattr(slots, name))
-            for name in slots_lib.Slots.__dataclass_fields__
-            if name not in slots_lib.SHARED
-        }
-    )
-    remat = jax.default_backend() != "cpu"
-    if settings.method == "full":
-        params, losses = _fit_all(lm.params, slots, settings=_program(settings), remat=remat)
-    else:
-        adapter = jax.jit(lora.init, static_argnums=(0, 1))(lm.config, settings.lora, key)
-        adapter, losses = _fit_lora(
-            lm.params, adapter, slots, settings=_program(settings), remat=remat
-        )
-        params = lora.merge(lm.params, adapter)
-    losses = np.asarray(losses)[: int(slots.total_c)]
+    mesh = sharding.of(lm.params)
+    slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)
+    program = {"settings": _program(settings), "remat": jax.default_backend() != "cpu"}
+    with sharding.use(mesh):
+        if settings.method == "full":
+            params, losses = _fit_all(lm.params, slots, **program)
+        else:
+            own = sharding.share(key, mesh)
+            adapter = jax.jit(lora.init, static_argnums=(0, 1))(lm.config, settings.lora, own)
+            adapter, losses = _fit_lora(lm.params, adapter, slots, **program)
+            params = lora.merge(lm.params, adapter)
+    if mesh is not None:
+        params = sharding.place(params, jax.tree.map(lambda x: x.sharding, lm.params))
+    losses = sharding.fetch(losses)[: int(chunk.slots.total_c[0])]
     if not np.isfinite(losses).all():
         raise SealError(
             f"finetuning diverged: the loss is not finite at step "
             f"{int(np.argmin(np.isfinite(losses)))}; lower outer.sft.learning_rate"
         )
     return params, losses
+
+
+def _one(slots: slots_lib.Slots, parts: int) -> slots_lib.Slots:
+    """Returns the only candidate's arrays, rows filled up to a multiple of `parts`."""
+    own = {
+        name: jax.tree.map(lambda x: x[0], getattr(slots, name))
+        for name in slots_lib.Slots.__dataclass_fields__
+        if name not in slots_lib.SHARED
+    }
+    # Segment 0 and weight 0: rows that see nothing and count nothing.
+    fill = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
+    for name in ("tokens", "weights", "segments"):
+        own[name] = tuple(fill(x) for x in own[name])
+    return slots.replace(**own)
+
+
+def _mean_loss(params, adapter, tokens_bt, weights_bt, segments_bt, *, remat: bool) -> jax.Array:
+    """Returns `optim.loss`, the rows of the batch shared out over devices."""
+    parts = sharding.data_size(sharding.current())
+    if parts == 1:
+        return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
+    split = [x.reshape(parts, -1, x.shape[-1]) for x in (tokens_bt, weights_bt, segments_bt)]
+    split = [sharding.constrain_rows(x) for x in split]
+    one = functools.partial(optim.loss, params, adapter, remat=remat)
+    count = jnp.sum(split[1].astype(jnp.float32), (1, 2))
+    return jnp.sum(sharding.vmap(one)(*split) * count) / jnp.maximum(jnp.sum(count), 1e-9)
 
 
 def _program(settings: Sft) -> Sft:
@@ -126,8 +160,9 @@ def _program(settings: Sft) -> Sft:
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
 def _fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
-    adapter, measures = inner.adapt(params, adapter, slots, settings, remat=remat)
-    return adapter, measures.loss
+    loss_of = functools.partial(_mean_loss, params, remat=remat)
+    adapter, measures = inner.fit(loss_of, adapter, slots, settings)
+    return adapter, sharding.whole(measures.loss)
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
@@ -137,11 +172,11 @@ def _fit_all(params, slots, *, settings: Sft, remat: bool):
     cast = lambda tree: jax.tree.map(lambda x, dtype: x.astype(dtype), tree, used)
 
     def loss_of(trained, tokens_bt, weights_bt, segments_bt):
-        return optim.loss(cast(trained), None, tokens_bt, weights_bt, segments_bt, remat=remat)
+        return _mean_loss(cast(trained), None, tokens_bt, weights_bt, segments_bt, remat=remat)
 
     start = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     trained, measures = inner.fit(loss_of, start, slots, settings)
-    return cast(trained), measures.loss
+    return cast(trained), sharding.whole(measures.loss)
 
 
 def key_of(cfg: Config, *purpose: str | int) -> jax.Array:
@@ -153,6 +188,7 @@ def write_edits(
     lm: LM, task: Task, contexts: Sequence[Context], n: int, file: Path, key: jax.Array, cfg: Config
 ) -> list[SelfEdit]:
     """Returns n self-edits for each context, from the file's records or newly written to it."""
+    lm = sampling.ready(lm, cfg.mesh)
     seen = {(row["context"], row["index"]) for row in runs.records(file)}
     group = max(1, (cfg.sampling.chunk or 64) // n)
     longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
@@ -191,6 +227,7 @@ def test_edits(
     metrics: runs.Metrics,
 ) -> list[runs.Record]:
     """Returns a record for each self-edit and seed: its reward, answers, verdicts and losses."""
+    lm = sampling.ready(lm, cfg.mesh)
     seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file)}
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:

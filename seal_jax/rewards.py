@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, inner, sampling
+from seal_jax import batching, inner, sampling, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -185,14 +185,15 @@ def evaluate(
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
     longest = _longest_question(lm, task, [edit.context for edit in edits])
-    for chunk in slots_lib.arrange(batch, inner.chunk_size(cfg.inner), key):
+    multiple = sharding.data_size(sharding.of(lm.params))
+    for chunk in slots_lib.arrange(batch, inner.chunk_size(cfg.inner), key, multiple):
         places = [int(i) for i in chunk.index if i >= 0]
         if done(places):
             continue
         adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
         contexts = [edits[i].context for i in places]
         answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
-        losses = np.asarray(losses)
+        losses = sharding.fetch(losses)
         steps = np.asarray(chunk.slots.total_c)
         outcomes = [
             _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i])

@@ -4,17 +4,20 @@ A prompt is read once for all its samples. Each sequence draws from a key of its
 drawn does not depend on its company.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from seal_jax import decoding, lora
+from seal_jax import config as config_lib
+from seal_jax import decoding, lora, sharding
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.lora import Adapter
+from seal_jax.params import ModelConfig
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS = {"cpu": 64, "other": 256}  # sequences decoded together by default
@@ -71,31 +74,36 @@ def decode(
     longest = max((len(p) for rows in prompts for p in rows), default=1)
     t = slots_lib.round_up(max(longest, pad_to))
     kind = "cpu" if jax.default_backend() == "cpu" else "other"
-    rows_at_once = max(1, (chunk or _ROWS[kind]) // samples)
+    mesh = sharding.of(lm.params)
+    parts = sharding.data_size(mesh)
+    rows_at_once = max(1, (chunk or parts * _ROWS[kind]) // samples)
     results = [[[] for _ in rows] for rows in prompts]
-    for tile in _tiles(prompts, rows_at_once, own):
-        tokens, lengths, names = _arrays(tile, prompts, ids, t)
-        some = lora.take(adapters, [rows[0][0] for rows in tile.rows]) if own else adapters
-        out, logprobs, count, done = jax.device_get(
-            decoding.run(
-                lm.params,
-                some,
-                tokens,
-                lengths,
-                names,
-                jax.random.key(0) if key is None else key,
-                np.asarray(lm.config.eos_ids or (-1,), np.int32),
-                np.int32(max_tokens),
-                np.float32(temperature or 1.0),
-                np.float32(top_p),
+    if own:
+        prompts, adapters = _filled(prompts, adapters, mesh)
+    settings = (
+        jax.random.key(0) if key is None else key,
+        np.asarray(lm.config.eos_ids or (-1,), np.int32),
+        np.int32(max_tokens),
+        np.float32(temperature or 1.0),
+        np.float32(top_p),
+    )
+    settings = sharding.share(settings, mesh)
+    for tile in _tiles(prompts, rows_at_once, own, parts):
+        arrays = sharding.share_out(_arrays(tile, prompts, ids, t), mesh)
+        with sharding.use(mesh):
+            made = decoding.run(
+                lm.params if lm.reader is None else lm.reader,
+                _take(adapters, tile, parts, lm.config) if own else adapters,
+                *arrays,
+                *settings,
                 samples=samples,
                 room=room,
                 greedy=not temperature,
                 nucleus=bool(temperature) and top_p < 1,
                 own_adapters=own,
             )
-        )
-        for at, rows in enumerate(tile.rows[: tile.real]):
+        out, logprobs, count, done = sharding.fetch(made)
+        for at, rows in enumerate(tile.rows):
             for place, (c, b) in enumerate(rows):
                 results[c][b] = [
                     Output(out[i][: count[i]], logprobs[i][: count[i]], bool(done[i]))
@@ -104,34 +112,86 @@ def decode(
     return results
 
 
+def ready(lm: LM, settings: config_lib.Mesh) -> LM:
+    """Returns the model with a copy of its weights laid out for generation, where that pays."""
+    mesh = sharding.of(lm.params)
+    if mesh is None or lm.reader is not None:
+        return lm
+    itemsize = lm.params.embed.dtype.itemsize
+    layout = sharding.decode_layout(lm.config, settings, mesh, itemsize)
+    if layout == "fsdp":
+        return lm
+    return lm._replace(reader=sharding.place(lm.params, sharding.weights(lm.config, mesh, layout)))
+
+
 class _Tile(NamedTuple):
-    """Rows (c, b) that run together, a list for each adapter; the first `real` lists count."""
+    """Rows (c, b) that run together, a list for each of `adapters` (or for each device)."""
 
     rows: list[list[tuple[int, int]]]
-    real: int
+    adapters: list[int]
     width: int
 
 
-def _tiles(prompts, rows_at_once: int, own: bool) -> list[_Tile]:
+def _filled(prompts, adapters: Adapter, mesh):
+    """Returns prompts and adapters with fillers, so that they share out evenly on the mesh."""
+    short = -len(prompts) % sharding.data_size(mesh)
+    if not short:
+        return prompts, adapters
+    adapters = lora.take(adapters, [*range(len(prompts)), *[0] * short])
+    return [*prompts, *[[]] * short], sharding.place(adapters, sharding.candidates(mesh))
+
+
+def _take(adapters: Adapter, tile: _Tile, parts: int, config: ModelConfig) -> Adapter:
+    """Returns the tile's adapters; each device takes from those it holds."""
+    share = next(iter(adapters.a.values())).shape[0] // parts
+    if tile.adapters == list(range(share * parts)):
+        return adapters
+    if parts == 1:
+        return lora.take(adapters, tile.adapters)
+    index = tuple(tile.adapters[: len(tile.adapters) // parts])
+    return _take_local(adapters, index, parts, config)
+
+
+@functools.partial(jax.jit, static_argnames=("index", "parts", "config"))
+def _take_local(adapters: Adapter, index: tuple[int, ...], parts: int, config: ModelConfig):
+    def take(leaf: jax.Array) -> jax.Array:
+        split = leaf.reshape(parts, -1, *leaf.shape[1:])
+        return split[:, np.array(index)].reshape(-1, *leaf.shape[1:])
+
+    return sharding.constrain_adapters(jax.tree.map(take, adapters), config)
+
+
+def _tiles(prompts, rows_at_once: int, own: bool, parts: int = 1) -> list[_Tile]:
     """Returns the rows that run together, in tiles of few shapes.
 
     With an adapter for each c, a tile spans several of them, alike in their number of rows; else
     the rows of all c are one list, cut into tiles alike in length.
+
+    Args:
+      parts: Devices that share out a tile, an equal part of c (or of the rows) for each.
     """
     every = [[(c, b) for b in range(len(rows))] for c, rows in enumerate(prompts)]
     if not own:
         work = sorted((cb for rows in every for cb in rows), key=lambda cb: len(_at(prompts, cb)))
         width = min(rows_at_once, 1 << max(len(work) - 1, 0).bit_length())
-        starts = range(0, len(work), rows_at_once)
-        return [_Tile([work[i : i + rows_at_once]], 1, width) for i in starts]
-    work = sorted((rows for rows in every if rows), key=len)
+        tiles = [work[i : i + rows_at_once] for i in range(0, len(work), rows_at_once)]
+        each = -(-width // parts)
+        return [_Tile([tile[i::parts] for i in range(parts)], [], each) for tile in tiles]
+    share = len(every) // parts
+    most = [max(len(rows) for rows in every[i::share]) for i in range(share)]
+    work = sorted((i for i in range(share) if most[i]), key=lambda i: most[i])
     tiles = []
     while work:
-        width = 1 << (len(work[-1]) - 1).bit_length()  # powers of two: few shapes
-        take = max(1, min(rows_at_once // width, len(prompts)))
-        group, work = work[-take:], work[:-take]
-        # Fillers repeat the last adapter, so that every tile of this width has one shape.
-        tiles.append(_Tile(group + [group[-1]] * (take - len(group)), len(group), width))
+        width = 1 << (most[work[-1]] - 1).bit_length()  # powers of two: few shapes
+        take = max(1, min(rows_at_once // (width * parts), share))
+        group, work = sorted(work[-take:]), work[:-take]
+        fill = take - len(group)  # every tile of this width has one shape
+        places = [part * share + i for part in range(parts) for i in group + [group[-1]] * fill]
+        rows = [every[c] for c in places]
+        for part in range(parts) if fill else ():
+            end = (part + 1) * take
+            rows[end - fill : end] = [[]] * fill
+        tiles.append(_Tile(rows, places, width))
     return tiles
 
 
@@ -144,7 +204,7 @@ def _arrays(tile: _Tile, prompts, ids, t: int) -> tuple[np.ndarray, np.ndarray, 
     shape = (len(tile.rows), tile.width)
     tokens = np.zeros((*shape, t), np.int32)
     lengths, names = np.zeros(shape, np.int32), np.zeros(shape, np.uint32)
-    for at, rows in enumerate(tile.rows[: tile.real]):
+    for at, rows in enumerate(tile.rows):
         for place, row in enumerate(rows):
             prompt = _at(prompts, row)
             tokens[at, place, : len(prompt)] = prompt

@@ -93,7 +93,7 @@ def buckets(lengths: Sequence[int], visits: int = 1 << 30, most: int = _BUCKETS)
     return min(best[n, k] for k in range(1, most + 1) if (n, k) in best)[1]
 
 
-def arrange(batch: Batch, chunk: int, key: jax.Array) -> Iterator[Chunk]:
+def arrange(batch: Batch, chunk: int, key: jax.Array, multiple: int = 1) -> Iterator[Chunk]:
     """Yields chunks of `chunk` candidates each, similar in number of steps, all of one shape.
 
     A candidate's own texts and their order depend on `key` and on it alone, never on its company.
@@ -101,12 +101,13 @@ def arrange(batch: Batch, chunk: int, key: jax.Array) -> Iterator[Chunk]:
     Args:
       chunk: Candidates in a program; 0 takes all in one.
       key: Draws the order of steps in each epoch.
+      multiple: Chunks are filled up to a multiple of it (of the devices that share them out).
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
     longest = [_width(own[0]) if own else 0 for own in steps]
     order = sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
-    chunk = min(chunk or len(order), len(order))
+    chunk = -(-min(chunk or len(order), len(order)) // multiple) * multiple
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
     widths = [_group_widths([steps[i] for i in group]) for group in groups]
     every = [w for group in widths for w in group]
