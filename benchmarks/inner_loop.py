@@ -21,8 +21,7 @@ import numpy as np
 import peers
 import workload
 
-from seal_jax import batching, inner, lora
-from seal_jax import slots as slots_lib
+from seal_jax import batching, inner, lanes, lora
 from seal_jax.batching import Batch
 from seal_jax.config import ALL_TARGETS, Inner, Lora
 from seal_jax.slots import Chunk
@@ -38,7 +37,7 @@ _HEAD = (
     "of the FLOP floor",
     "cold compile s",
     "from cache s",
-    "MiB",
+    "programs",
 )
 
 
@@ -131,8 +130,8 @@ def flops_per_token(config, own: Lora) -> float:
 def ours(work, batch: Batch, own: Lora, size: int, repeats: int) -> dict[str, Any]:
     """Returns the figures of seal_jax with `size` candidates in a program."""
     params = work.lm.params
-    chunks = list(slots_lib.arrange(batch, size, KEY))
-    remat = inner.recompute(batch.settings)
+    settings = dataclasses.replace(batch.settings, chunk=size)
+    chunks = list(inner.arrange(params, Batch(batch.candidates, settings, batch.eos_id), KEY))
 
     def all_chunks() -> Any:
         return [inner.adapt_chunk(params, batch, chunk, KEY, own) for chunk in chunks]
@@ -144,12 +143,6 @@ def ours(work, batch: Batch, own: Lora, size: int, repeats: int) -> dict[str, An
     took = machine.seconds(all_chunks, repeats, warm=False)
     useful = sum(chunk.useful for chunk in chunks)
     processed = sum(chunk.processed for chunk in chunks)
-    ids = np.zeros(size, np.uint32)
-    fresh = jax.eval_shape(lambda: inner.init_many(params.config, own, KEY, ids))
-    program = inner.adapt_slots.lower(
-        params, fresh, chunks[0].slots, settings=inner.loop_settings(batch.settings), remat=remat
-    )
-    memory = program.compile().memory_analysis()
     return {
         "chunk": size,
         "seconds": took,
@@ -158,8 +151,8 @@ def ours(work, batch: Batch, own: Lora, size: int, repeats: int) -> dict[str, An
         "token_efficiency": useful / processed,
         "compile_cold_s": cold,
         "compile_from_cache_s": again,
-        "memory_MiB": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20,
-        "buckets": [int(x.shape[-1]) for x in chunks[0].slots.tokens],
+        "programs": len({(v.width, v.rows, v.t) for x in chunks for v in x.slots.visits}),
+        "calls": sum(len(x.slots.visits) for x in chunks),
     }
 
 
@@ -195,17 +188,15 @@ def timed_compile(work: Any) -> tuple[float, Any]:
 
 def steps_in_order(chunk: Chunk, at: int) -> list[np.ndarray]:
     """Returns the texts of a candidate in the order in which its steps visit them."""
-    slots, texts = chunk.slots, []
-    for i in np.flatnonzero(slots.active_ci[at]):
-        bucket, place = int(slots.bucket_i[i]), (at, int(slots.row_i[i]), 0)
-        texts.append(slots.tokens[bucket][place][slots.segments[bucket][place] > 0])
-    return texts
+    steps = chunk.slots.steps[at]
+    order = [j for visit in chunk.slots.visits for i, j in visit.lanes if i == at]
+    return [steps[j][0][0].tokens for j in order]
 
 
 def run_peers(work, batch: Batch, own: Lora, args) -> dict[str, Any]:
     """Returns the figures of both peers on the first candidates, and how far losses differ."""
     some = Batch(batch.candidates[: args.peer_candidates], batch.settings, batch.eos_id)
-    chunks = list(slots_lib.arrange(some, 1, KEY))
+    chunks = list(lanes.arrange(some, 1, KEY))
     wrapped = peers.adapted(peers.model(work.lm.params), own)
     unpadded, padded, gaps = [], [], []
     for chunk in chunks:
@@ -273,7 +264,7 @@ def print_adapter(name: str, found: dict[str, Any]) -> None:
         "share_of_floor",
         "compile_cold_s",
         "compile_from_cache_s",
-        "memory_MiB",
+        "programs",
     )
     rows = [[row.get(key) for key in keys] for row in found["chunks"]]
     print(machine.table(rows, _HEAD))
