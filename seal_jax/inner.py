@@ -2,14 +2,14 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, lora, optim, sharding
+from seal_jax import batching, lanes, lora, optim, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch
@@ -128,22 +128,29 @@ def chunk_size(settings: config_lib.Inner) -> int:
     return max(4, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 64
 
 
+def arrange(params: Params, batch: Batch, key: jax.Array) -> Iterator[slots_lib.Chunk]:
+    """Yields the chunks in which a batch is adapted: in lockstep on a mesh, else in lanes."""
+    mesh, size = sharding.of(params), chunk_size(batch.settings)
+    if mesh is None:
+        return lanes.arrange(batch, size, key)
+    return slots_lib.arrange(batch, size, key, sharding.data_size(mesh))
+
+
 def adapt_chunk(
     params: Params, batch: Batch, chunk: slots_lib.Chunk, key: jax.Array, lora_settings
 ) -> tuple[Adapter, jax.Array]:
     """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included."""
     ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
+    program = {"settings": loop_settings(batch.settings), "remat": recompute(batch.settings)}
+    if isinstance(chunk.slots, lanes.Lanes):
+        fresh = init_many(params.config, lora_settings, key, ids)
+        return lanes.run(params, fresh, chunk.slots, **program)
     mesh = sharding.of(params)
     slots = place(chunk.slots, mesh)
     ids, key = sharding.share_out(ids, mesh), sharding.share(key, mesh)
     with sharding.use(mesh):
-        adapters, measures = adapt_slots(
-            params,
-            init_many(params.config, lora_settings, key, ids),
-            slots,
-            settings=loop_settings(batch.settings),
-            remat=recompute(batch.settings),
-        )
+        fresh = init_many(params.config, lora_settings, key, ids)
+        adapters, measures = adapt_slots(params, fresh, slots, **program)
     return adapters, measures.loss
 
 
@@ -186,17 +193,17 @@ def adapt_many(
     Args:
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
     """
-    adapters, losses, places = [], [], []
-    multiple = sharding.data_size(sharding.of(params))
-    for chunk in slots_lib.arrange(batch, chunk_size(batch.settings), key, multiple):
+    adapters, losses, places, most = [], [], [], 0
+    for chunk in arrange(params, batch, key):
         some, loss = adapt_chunk(params, batch, chunk, key, cfg.lora)
         real = np.flatnonzero(chunk.index >= 0)
         adapters.append(lora.take(some, real))
         losses.append(sharding.fetch(loss)[real])
         places.append(chunk.index[real])
+        most = max(most, int(np.max(chunk.slots.total_c)))
     back = np.argsort(np.concatenate(places))
     joined = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *adapters)
-    return joined, np.concatenate(losses)[back]
+    return joined, np.concatenate(losses)[back, :most]
 
 
 def diverged(batch: Batch, losses: np.ndarray) -> np.ndarray:

@@ -204,8 +204,7 @@ def evaluate(
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
     longest = _longest_question(lm, task, [edit.context for edit in edits])
-    multiple = sharding.data_size(sharding.of(lm.params))
-    for chunk in slots_lib.arrange(batch, inner.chunk_size(cfg.inner), key, multiple):
+    for chunk in inner.arrange(lm.params, batch, key):
         places = [int(i) for i in chunk.index if i >= 0]
         if done(places):
             continue

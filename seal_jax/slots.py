@@ -165,17 +165,10 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     for at, i in enumerate(group):
         for j, step in enumerate(steps[i]):
             k, m = place[j]
-            for row, texts in enumerate(step):
-                start = 0
-                for number, text in enumerate(texts, 1):
-                    span = (at, m, row, slice(start, start + len(text.tokens)))
-                    tokens[k][span], weights[k][span] = text.tokens, text.weights
-                    segments[k][span] = number
-                    segments[k][at, m, row, start + text.real : start + len(text.tokens)] *= -1
-                    start += len(text.tokens)
+            write(step, tokens[k][at, m], weights[k][at, m], segments[k][at, m])
     slots_c = np.array([len(steps[i]) for i in group], int)
     epochs_c = np.array([batch.candidates[i].epochs for i in group], int)
-    epoch_i, slot_i = _order(int(epochs_c.max(initial=0)), len(home), key)
+    epoch_i, slot_i = order(int(epochs_c.max(initial=0)), len(home), key)
     active = (slot_i[None] < slots_c[:, None]) & (epoch_i[None] < epochs_c[:, None])
     slot_i, active = slot_i[active.any(0)], active[:, active.any(0)]
     fill = max(shape.visits, 1) - len(slot_i)
@@ -208,7 +201,21 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     )
 
 
-def _order(epochs: int, slots: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def write(
+    step: list[list[Text]], tokens_bt: np.ndarray, weights_bt: np.ndarray, segments_bt: np.ndarray
+) -> None:
+    """Writes the texts of a step into its rows."""
+    for row, texts in enumerate(step):
+        start = 0
+        for number, text in enumerate(texts, 1):
+            span = (row, slice(start, start + len(text.tokens)))
+            tokens_bt[span], weights_bt[span] = text.tokens, text.weights
+            segments_bt[span] = number
+            segments_bt[row, start + text.real : start + len(text.tokens)] *= -1
+            start += len(text.tokens)
+
+
+def order(epochs: int, slots: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """Returns epoch and slot of each step: every epoch visits all slots in a random order.
 
     A slot's place in the order is a random number of its own, so that a candidate with fewer slots

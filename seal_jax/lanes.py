@@ -1,0 +1,221 @@
+"""The inner loop on one device: many candidates at their own pace, a few of them in each call.
+
+`slots` runs a chunk in lockstep: every candidate waits for the longest text and the longest list.
+Here one call of a small program takes one step each of the few candidates whose next texts are
+alike in length; the host plans which. Little is padded, and a program depends on the number of
+resident candidates, lanes, rows and tokens alone: it is the same in every chunk, round and run, so
+that the cache of compiled programs has it.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from seal_jax import config as config_lib
+from seal_jax import optim
+from seal_jax import slots as slots_lib
+from seal_jax.batching import Batch, Text, steps_of
+from seal_jax.lora import Adapter
+from seal_jax.params import Params
+from seal_jax.slots import Chunk
+
+# Tokens of a text are padded to one of these: 4 in 5 tokens of real self-edits are then useful.
+_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+# Tokens in a call: as few as keep the device busy, since fewer lanes are easier to fill.
+_TOKENS = {"cpu": 64, "other": 1024}
+_LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
+
+Step = list[list[Text]]  # rows of texts
+
+
+class Visit(NamedTuple):
+    """One call: for each lane which candidate takes which of its steps, in rows of t tokens."""
+
+    lanes: tuple[tuple[int, int], ...]
+    width: int
+    rows: int
+    t: int
+
+
+class Lanes(NamedTuple):
+    """What a chunk of candidates trains on, and in which calls.
+
+    Attributes:
+      steps: Per candidate, the steps of an epoch.
+      total_c: Steps each candidate takes.
+      room: Losses to keep of each, the same for all chunks.
+    """
+
+    visits: list[Visit]
+    steps: list[list[Step]]
+    learning_rate_c: np.ndarray
+    total_c: np.ndarray
+    room: int
+    eos_id: int
+
+
+@struct.dataclass
+class Work:
+    """Arrays of one call; lane k is candidate `lane_k` (c: nobody)."""
+
+    lane_k: jax.Array
+    tokens: jax.Array
+    weights: jax.Array
+    segments: jax.Array
+    learning_rate_k: jax.Array
+    total_k: jax.Array
+
+
+def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterator[Chunk]:
+    """Yields chunks of `chunk` candidates each, similar in number of steps.
+
+    A candidate's own texts and their order depend on `key` and on it alone, never on its company;
+    they are those of `slots.arrange`.
+
+    Args:
+      chunk: Candidates resident at a time; 0 takes all.
+      key: Draws the order of steps in each epoch.
+      tokens: Tokens in a call, about; 0 chooses by the device.
+    """
+    tokens = tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
+    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
+    order = sorted(range(len(total)), key=lambda i: (-total[i], i))
+    chunk = min(chunk or len(order), 1 << max(len(order) - 1, 0).bit_length())
+    room = _LOSSES
+    while room < max(total, default=0):
+        room *= 2
+    order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
+    for start in range(0, len(order), chunk):
+        group = order[start : start + chunk]
+        index = np.full(chunk, -1)
+        index[: len(group)] = group
+        queues = [order_of(batch.candidates[i].epochs, len(steps[i])) for i in group]
+        visits = _plan([steps[i] for i in group], queues, tokens, chunk)
+        rates, counts = np.zeros(chunk, np.float32), np.zeros(chunk, np.int32)
+        rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
+        counts[: len(group)] = [total[i] for i in group]
+        own = [steps[i] for i in group]
+        lanes = Lanes(visits, own, rates, counts, room, batch.eos_id)
+        useful = sum(
+            batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
+            for i in group
+        )
+        yield Chunk(index, lanes, useful, sum(v.width * v.rows * v.t for v in visits))
+
+
+def _size(step: Step) -> tuple[int, int]:
+    """Returns the rows and tokens that hold a step: powers of two, and one of few lengths."""
+    longest = max(sum(len(text.tokens) for text in row) for row in step)
+    t = next((x for x in _LENGTHS if x >= longest), -(-longest // 256) * 256)
+    return 1 << (len(step) - 1).bit_length(), t
+
+
+def _width(size: tuple[int, int], tokens: int, chunk: int) -> int:
+    """Returns the lanes of a call of this size."""
+    return max(1, min(chunk, tokens // (size[0] * size[1])))
+
+
+def _plan(
+    steps: Sequence[list[Step]], queues: Sequence[np.ndarray], tokens: int, chunk: int
+) -> list[Visit]:
+    """Returns the calls that take every candidate through its queue of steps.
+
+    Each call is of the size that fills most of its lanes at that moment; lanes left over go to
+    candidates whose next step is smaller. Those with the most steps ahead of them go first.
+    """
+    sizes = [[_size(step) for step in own] for own in steps]
+    at = [0] * len(steps)
+    left = [len(queue) for queue in queues]
+    live = {i for i, n in enumerate(left) if n}
+    visits = []
+    while live:
+        ready: dict[tuple[int, int], list[int]] = {}
+        for i in sorted(live, key=lambda i: (-left[i], i)):
+            ready.setdefault(sizes[i][queues[i][at[i]]], []).append(i)
+        fills = [
+            (min(1.0, len(own) / _width(size, tokens, chunk)), left[own[0]], size)
+            for size, own in ready.items()
+        ]
+        rows, t = size = max(fills)[2]
+        width = _width(size, tokens, chunk)
+        fitting = [s for s in sorted(ready, key=lambda s: -s[0] * s[1]) if s != size]
+        fitting = [size, *(s for s in fitting if s[0] <= rows and s[1] <= t)]
+        chosen = [i for s in fitting for i in ready[s]][:width]
+        visits.append(Visit(tuple((i, int(queues[i][at[i]])) for i in chosen), width, rows, t))
+        for i in chosen:
+            at[i] += 1
+            left[i] -= 1
+            if not left[i]:
+                live.remove(i)
+    return visits
+
+
+def _work(lanes: Lanes, visit: Visit) -> Work:
+    """Returns the arrays of a call."""
+    size = (visit.width, visit.rows, visit.t)
+    tokens = np.full(size, lanes.eos_id, np.int32)
+    weights, segments = np.zeros(size, np.int8), np.zeros(size, np.int32)
+    lane = np.full(visit.width, len(lanes.total_c), np.int32)
+    rates, totals = np.zeros(visit.width, np.float32), np.zeros(visit.width, np.int32)
+    for k, (i, j) in enumerate(visit.lanes):
+        slots_lib.write(lanes.steps[i][j], tokens[k], weights[k], segments[k])
+        lane[k], rates[k], totals[k] = i, lanes.learning_rate_c[i], lanes.total_c[i]
+    return Work(lane, tokens, weights, segments, rates, totals)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("settings", "remat"), donate_argnames=("state", "losses")
+)
+def advance(
+    params: Params,
+    state: optim.TrainState,
+    losses: jax.Array,
+    work: Work,
+    *,
+    settings: config_lib.Inner,
+    remat: bool,
+) -> tuple[optim.TrainState, jax.Array]:
+    """Returns the candidates' states [c, ...] after one step of some, and losses [c, i]."""
+
+    def one(state, tokens_bt, weights_bt, segments_bt, peak, total):
+        rate = lambda step: optim.learning_rate(
+            settings.schedule, step, peak, total, settings.warmup_steps
+        )
+        loss_of = lambda adapter: optim.loss(
+            params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat
+        )
+        return optim.step(
+            state, loss_of, rate, clip=settings.clip, weight_decay=settings.weight_decay
+        )
+
+    own = jax.tree.map(lambda x: x.at[work.lane_k].get(mode="clip"), state)
+    new, seen = jax.vmap(one)(
+        own, work.tokens, work.weights, work.segments, work.learning_rate_k, work.total_k
+    )
+    losses = losses.at[work.lane_k, own.step].set(seen.loss, mode="drop")
+    put = lambda every, some: every.at[work.lane_k].set(some, mode="drop")
+    return jax.tree.map(put, state, new), losses
+
+
+_start = jax.jit(jax.vmap(optim.init))
+
+
+def run(
+    params: Params, adapters: Adapter, lanes: Lanes, *, settings: config_lib.Inner, remat: bool
+) -> tuple[Adapter, jax.Array]:
+    """Returns the adapters [c, ...] after their inner loops, and losses [c, i], NaN past the last.
+
+    Returns before the device is done.
+    """
+    state = _start(adapters)
+    losses = jnp.full((len(lanes.total_c), lanes.room), jnp.nan, jnp.float32)
+    for visit in lanes.visits:
+        work = _work(lanes, visit)
+        state, losses = advance(params, state, losses, work, settings=settings, remat=remat)
+    return state.trained, losses

@@ -1,0 +1,56 @@
+"""Each benchmark runs, both sides compute the same, and its file says what the page quotes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = all(importlib.util.find_spec(name) for name in ("torch", "peft"))
+
+
+def quick(name: str, folder: Path) -> dict:
+    """Returns the JSON that a quick run of a benchmark writes."""
+    out = folder / "out.json"
+    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--out", out]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+    return json.loads(out.read_text())
+
+
+def test_arc(tmp_path):
+    result = quick("arc", tmp_path)
+    assert result["machine"]["cores"] >= 1 and result["candidates"] == 4
+    rows = {(row["way"], row["chunk"]): row for row in result["rows"]}
+    assert all(0 < row["useful"] <= 1 and 0 < row["active"] <= 1 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_inner_loop(tmp_path):
+    result = quick("inner_loop", tmp_path)
+    found = result["adapters"]["q, v"]
+    assert [row["chunk"] for row in found["chunks"]] == [1, 2]
+    for row in found["chunks"]:
+        assert row["useful_tokens_per_s"] > 0 and 0 < row["token_efficiency"] <= 1
+        assert 0 < row["share_of_floor"]
+    if PEERS:  # the same weights, adapter, texts and order: float32 sums differ in rounding
+        assert found["loss_difference"] < 1e-4
+        assert found["peers"]["padded"]["useful_tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_generate(tmp_path):
+    for case in quick("generate", tmp_path)["cases"].values():
+        assert case["tokens_per_s"] > 0 and case["share_of_bandwidth"] > 0
+        assert case.get("agreement", 1.0) == 1.0
+
+
+@pytest.mark.slow
+def test_round(tmp_path):
+    runs = quick("round", tmp_path)["runs"]
+    assert runs["second"]["programs_from_cache"] > 0
+    assert runs["second"]["compiling_s"] < runs["first"]["compiling_s"]
