@@ -176,12 +176,11 @@ class Efficiency(NamedTuple):
     executed: int = 0
 
     def plus(self, chunk: slots_lib.Chunk) -> "Efficiency":
-        slots = chunk.slots
         return Efficiency(
             self.useful + chunk.useful,
             self.processed + chunk.processed,
-            self.active + int(np.sum(slots.total_c)),
-            self.executed + int(slots.visits) * len(chunk.index),
+            self.active + int(np.sum(chunk.slots.total_c)),
+            self.executed + inner.executed(chunk),
         )
 
 
