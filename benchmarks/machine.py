@@ -160,7 +160,10 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
     cells = [[str(x) for x in head], *([_cell(x) for x in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     return "\n".join(
-        "  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            x.ljust(w) if i == 0 else x.rjust(w)
+            for i, (x, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     )
 
