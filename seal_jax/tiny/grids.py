@@ -102,14 +102,17 @@ def filtered(split: str) -> arc_task.Puzzles:
 
 
 def task(settings: config_lib.Task) -> Task:
-    """Returns the tiny grids as a task: puzzles to train on, others held out, both filtered.
+    """Returns the tiny grids as a task: puzzles to train on, others held out.
 
-    With `seed` other than 0, or a `size` beyond the list, puzzles are taken as they are drawn.
+    They are the filtered ones where there is a list and `size` is within it, and `seed` is 0; else
+    puzzles are taken as they are drawn.
     """
     compact_arc = dataclasses.replace(settings.arc, format="compact")
     size = settings.size or TRAIN_TASKS
-    train, held_out = filtered("rl"), filtered("held_out")
-    if settings.seed or size > len(train):
+    listed = not settings.seed and FILTERED.exists()
+    train = filtered("rl") if listed else {}
+    held_out = filtered("held_out") if listed else {}
+    if size > len(train):
         train = puzzles("rl", range(size), settings.seed)
         held_out = puzzles("held_out", range(HELD_OUT_TASKS), settings.seed)
     return arc_task.make(
