@@ -85,7 +85,7 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterat
     tokens = tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    order = sorted(range(len(total)), key=lambda i: (-total[i], i))
+    order = slots_lib.by_work(steps, total)
     chunk = min(chunk or len(order), 1 << max(len(order) - 1, 0).bit_length())
     room = _LOSSES
     while room < max(total, default=0):

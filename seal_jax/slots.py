@@ -105,8 +105,7 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, multiple: int = 1) -> Iter
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    longest = [_width(own[0]) if own else 0 for own in steps]
-    order = sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
+    order = by_work(steps, total)
     chunk = -(-min(chunk or len(order), len(order)) // multiple) * multiple
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
     widths = [_group_widths([steps[i] for i in group]) for group in groups]
@@ -199,6 +198,12 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
         useful,
         int(padded.sum()) * c,
     )
+
+
+def by_work(steps: Sequence[list[list[list[Text]]]], total: Sequence[int]) -> list[int]:
+    """Returns candidates in the order in which chunks take them: those with most steps first."""
+    longest = [_width(own[0]) if own else 0 for own in steps]
+    return sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
 
 
 def write(
