@@ -57,7 +57,7 @@ def main() -> None:
     batch = batching.pack(task, edits, grid_tokens.build(), _INNER)
     steps = [c.epochs * -(-len(c.texts) // _INNER.batch_size) for c in batch.candidates]
     result: dict[str, Any] = {
-        "command": "python benchmarks/arc.py",
+        "command": machine.command(),
         "machine": machine.describe(),
         "architecture": dataclasses.asdict(config),
         "candidates": len(edits),

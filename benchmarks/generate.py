@@ -55,7 +55,7 @@ def main() -> None:
     lm = work.lm._replace(config=config, params=work.lm.params.replace(config=config))
     limits = machine.limits(dtype, args.quick)
     result: dict[str, Any] = {
-        "command": "python benchmarks/generate.py",
+        "command": machine.command(),
         "machine": machine.describe(),
         "shape": args.shape,
         "architecture": dataclasses.asdict(config),

@@ -61,7 +61,7 @@ def main() -> None:
     n = args.candidates or max(args.chunks)
     work = workload.make(args.shape, n, dtype=dtype)
     result: dict[str, Any] = {
-        "command": "python benchmarks/inner_loop.py",
+        "command": machine.command(),
         "machine": machine.describe(),
         "shape": args.shape,
         "architecture": dataclasses.asdict(work.lm.config),

@@ -5,7 +5,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +40,15 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--no-peer", action="store_true", help="without transformers and PEFT")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each; the median counts")
     return parser
+
+
+def command() -> str:
+    """Returns the command that is running, but for where its result goes."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def cores() -> int:

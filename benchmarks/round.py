@@ -41,7 +41,7 @@ def main() -> None:
     import machine
 
     result = {
-        "command": "python benchmarks/round.py",
+        "command": machine.command(),
         "machine": machine.describe(),
         "config": args.config.name,
         "settings": [*(_QUICK if args.quick else ()), *args.set],

@@ -5,10 +5,8 @@ Every field is written into the run folder, so a run can be repeated from its fo
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import pydantic
 import yaml
 
+from seal_jax import config_tree
 from seal_jax.errors import SealError
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -286,30 +285,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _read_yaml(Path(path))
+        tree = config_tree.read(Path(path))
     return _build(tree, str(path) if path is not None else "configuration", overrides)
 
 
 def parse(text: bytes, origin: str) -> Config:
     """Returns the settings in the text of a YAML file; `origin` names it in errors."""
-    return _build(_tree(text, origin), origin)
+    return _build(config_tree.parse(text, origin), origin)
 
 
 def _build(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
-    _check_keys(tree, Config, origin)
-    for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep or not key:
-            raise SealError(f"override {item!r}: expected key=value, such as inner.epochs=5")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SealError(f"override {item!r}: the value is not YAML") from error
-        branch: Any = value
-        for part in reversed(key.split(".")):
-            branch = {part: branch}
-        _check_keys(branch, Config, f"override {item!r}")
-        tree = _merge(tree, branch)
+    tree = config_tree.overridden(tree, Config, origin, overrides)
     try:
         return pydantic.TypeAdapter(Config).validate_python(tree)
     except pydantic.ValidationError as error:
@@ -336,66 +322,3 @@ def dump(config: Config) -> str:
 def digest(config: Any) -> str:
     """Returns 12 hex digits that name these settings."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise SealError(f"{path}: no such configuration file")
-    return _tree(path.read_bytes(), str(path))
-
-
-def _tree(text: bytes, path: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(text.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise SealError(f"{path}{where}: not valid YAML") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise SealError(f"{path}: expected `key: value` lines at the top level")
-    return tree
-
-
-def _group(kind: Any) -> type | None:
-    """Returns the dataclass a field holds, or None for a plain value."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
-
-
-def known_keys(group: type = Config, prefix: str = "") -> list[str]:
-    """Returns every dotted key below a group of settings."""
-    keys = []
-    for entry in dataclasses.fields(group):
-        keys.append(prefix + entry.name)
-        inner = _group(entry.type)
-        if inner:
-            keys += known_keys(inner, f"{prefix}{entry.name}.")
-    return keys
-
-
-def _check_keys(tree: Any, group: type, origin: str, prefix: str = "") -> None:
-    if not isinstance(tree, dict):
-        raise SealError(f"{origin}: {prefix.rstrip('.')} holds a group of settings, not {tree!r}")
-    fields = {entry.name: entry for entry in dataclasses.fields(group)}
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in fields:
-            near = difflib.get_close_matches(dotted, known_keys(), n=1, cutoff=0.5)
-            near = near or [k for k in known_keys() if k.split(".")[-1] == str(key)][:1]
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SealError(f"{origin}: unknown key {dotted!r}{hint}")
-        inner = _group(fields[key].type)
-        if inner and value is not None:
-            _check_keys(value, inner, origin, f"{dotted}.")
-
-
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Returns base with change laid over it, group by group."""
-    result = dict(base)
-    for key, value in change.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _merge(old, value) if both else value
-    return result

@@ -22,28 +22,15 @@ from seal_jax import (
     sharding,
     stats,
 )
+from seal_jax import table as table_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
 from seal_jax.errors import SealError
 from seal_jax.stats import Estimate
+from seal_jax.table import Row
 from seal_jax.tasks import Context, Task
 from seal_jax.tasks.registry import load_task
-
-
-class Row(NamedTuple):
-    """A line of the table: a condition's rewards, in the order of the held-out contexts.
-
-    `trials` counts the inner loops (or answers of the bare model) behind them.
-    """
-
-    name: str
-    rewards: tuple[float, ...]
-    trials: int
-
-    @property
-    def estimate(self) -> Estimate:
-        return stats.mean_se(self.rewards)
 
 
 class Report(NamedTuple):
@@ -54,7 +41,7 @@ class Report(NamedTuple):
     table: list[Row]
 
     def __str__(self) -> str:
-        return table_text(self.table)
+        return table_lib.text(self.table)
 
 
 def run(cfg: Config, folder: str | Path | None = None) -> Report:
@@ -313,33 +300,12 @@ def _row(name, lm, task, edits, home: Path, cfg: Config, metrics) -> Row:
     return Row(name, tuple(over(own) for own in each), len(rows))
 
 
-def table_text(table: Sequence[Row]) -> str:
-    """Returns the table as text, with standard errors and paired differences to the last round."""
-    if not table:
-        return ""
-    by_name = {row.name: row for row in table}
-    last = next((n for n in reversed(by_name) if n.startswith("round")), None)
-    lines = [
-        f"{'condition':<16} {'accuracy (s.e.)':<18} {'trials':>6}  "
-        f"{'last round minus it (s.e.)':<26}"
-    ]
-    for row in table:
-        difference = ""
-        if last and row.name != last:
-            difference = stats.text(stats.paired(by_name[last].rewards, row.rewards))
-        lines.append(
-            f"{row.name:<16} {stats.text(row.estimate):<18} {row.trials:>6}  {difference}".rstrip()
-        )
-    lines.append(f"{len(table[0].rewards)} held-out contexts; standard errors over contexts.")
-    return "\n".join(lines)
-
-
 def print_report(report: Report) -> None:
     """Prints the table, or the rounds' figures where nothing was held out; process 0 alone."""
     if not multihost.leads():
         return
     if report.table:
-        print(table_text(report.table))
+        print(table_lib.text(report.table))
     else:
         for number, summary in enumerate(report.rounds):
             reward, base = (Estimate(**summary[name]) for name in ("reward", "base"))

@@ -154,13 +154,6 @@ def adapt_chunk(
     return adapters, measures.loss
 
 
-def executed(chunk: slots_lib.Chunk) -> int:
-    """Returns the optimizer steps that running a chunk takes, those of no effect included."""
-    if isinstance(chunk.slots, lanes.Lanes):
-        return sum(visit.width for visit in chunk.slots.visits)
-    return int(chunk.slots.visits) * len(chunk.index)
-
-
 def place(slots: Slots, mesh: jax.sharding.Mesh | None) -> Slots:
     """Returns a chunk's arrays on the devices, each candidate's where its adapter lies."""
     if mesh is None:

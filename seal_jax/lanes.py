@@ -106,7 +106,8 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterat
             batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
             for i in group
         )
-        yield Chunk(index, lanes, useful, sum(v.width * v.rows * v.t for v in visits))
+        processed = sum(v.width * v.rows * v.t for v in visits)
+        yield Chunk(index, lanes, useful, processed, sum(v.width for v in visits))
 
 
 def _size(step: Step) -> tuple[int, int]:
@@ -216,6 +217,6 @@ def run(
     state = _start(adapters)
     losses = jnp.full((len(lanes.total_c), lanes.room), jnp.nan, jnp.float32)
     for visit in lanes.visits:
-        work = _work(lanes, visit)
+        work = jax.device_put(_work(lanes, visit))
         state, losses = advance(params, state, losses, work, settings=settings, remat=remat)
     return state.trained, losses

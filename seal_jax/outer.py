@@ -4,39 +4,29 @@ Every stage first appends its records to the run folder and later reads them bac
 run that was killed goes on where it stopped and ends with the records it would have had.
 """
 
-import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import (
-    batching,
     files,
-    inner,
-    lora,
     multihost,
-    optim,
     progress,
     rewards,
     runs,
     sampling,
-    sharding,
     state,
     stats,
 )
-from seal_jax import config as config_lib
-from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
-from seal_jax.config import Config, Sft
-from seal_jax.errors import SealError
-from seal_jax.params import Params
-from seal_jax.tasks import Context, Edit, Example, Task
+from seal_jax.config import Config
+from seal_jax.sft import finetune
+from seal_jax.tasks import Context, Task
 
 
 class Scored(NamedTuple):
@@ -99,108 +89,6 @@ def applied(
 def replay(candidates: Sequence[Scored], count: int, rng: np.random.Generator) -> list[Scored]:
     """Returns `count` self-edits drawn at random, or all if they are fewer."""
     return [candidates[i] for i in rng.permutation(len(candidates))[:count]]
-
-
-def finetune(
-    lm: LM, rows: Iterable[tuple[str, str]], settings: Sft, key: jax.Array
-) -> tuple[Params, np.ndarray]:
-    """Returns weights finetuned on (prompt, self-edit) rows, and the loss of each step [i].
-
-    The loss is on the self-edit and the token that ends it alone. By LoRA the adapter is merged.
-    """
-    edit = Edit(tuple(Example(completion, prompt) for prompt, completion in rows))
-    if not edit.examples:
-        raise SealError("nothing to finetune on: no self-edit was kept")
-    loop = config_lib.Inner(batch_size=settings.batch_size, max_length=settings.max_length)
-    texts = tuple(batching.tokenize(edit, lm.tokenizer, rewards.eos(lm), loop))
-    one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
-    batch = batching.Batch((one,), loop, rewards.eos(lm))
-    (chunk,) = slots_lib.arrange(batch, 1, key)
-    mesh = sharding.of(lm.params)
-    slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)
-    static = {"settings": program(settings), "remat": jax.default_backend() != "cpu"}
-    with sharding.use(mesh):
-        if settings.method == "full":
-            params, losses = fit_all(lm.params, slots, **static)
-        else:
-            own = sharding.share(key, mesh)
-            adapter = jax.jit(lora.init, static_argnums=(0, 1))(lm.config, settings.lora, own)
-            adapter, losses = fit_lora(lm.params, adapter, slots, **static)
-            params = lora.merge(lm.params, adapter)
-    if mesh is not None:
-        params = sharding.place(params, jax.tree.map(lambda x: x.sharding, lm.params))
-    losses = sharding.fetch(losses)[: int(chunk.slots.total_c[0])]
-    if not np.isfinite(losses).all():
-        raise SealError(
-            f"finetuning diverged: the loss is not finite at step "
-            f"{int(np.argmin(np.isfinite(losses)))}; lower outer.sft.learning_rate"
-        )
-    return params, losses
-
-
-def _one(slots: slots_lib.Slots, parts: int) -> slots_lib.Slots:
-    """Returns the only candidate's arrays, rows filled up to a multiple of `parts`."""
-    own = one_candidate(slots, lambda x: x[0])
-    # Segment 0 and weight 0: rows that see nothing and count nothing.
-    fill = lambda x: np.pad(x, ((0, 0), (0, -x.shape[1] % parts), (0, 0)))
-    names = ("tokens", "weights", "segments")
-    return own.replace(**{name: tuple(map(fill, getattr(own, name))) for name in names})
-
-
-def one_candidate(slots: slots_lib.Slots, take: Callable[[Any], Any]) -> slots_lib.Slots:
-    """Returns arrays without their candidate axis, which `take` takes away."""
-    return slots.replace(
-        **{
-            name: jax.tree.map(take, getattr(slots, name))
-            for name in slots_lib.Slots.__dataclass_fields__
-            if name not in slots_lib.SHARED
-        }
-    )
-
-
-def _mean_loss(params, adapter, tokens_bt, weights_bt, segments_bt, *, remat: bool) -> jax.Array:
-    """Returns `optim.loss`, the rows of the batch shared out over devices."""
-    parts = sharding.data_size(sharding.current())
-    if parts == 1:
-        return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
-    split = [x.reshape(parts, -1, x.shape[-1]) for x in (tokens_bt, weights_bt, segments_bt)]
-    split = [sharding.constrain_rows(x) for x in split]
-    one = functools.partial(optim.loss, params, adapter, remat=remat)
-    count = jnp.sum(split[1].astype(jnp.float32), (1, 2))
-    return jnp.sum(sharding.vmap(one)(*split) * count) / jnp.maximum(jnp.sum(count), 1e-9)
-
-
-def program(settings: Sft) -> Sft:
-    """Returns only what shapes the program."""
-    return Sft(
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
-    loss_of = functools.partial(_mean_loss, params, remat=remat)
-    pin = functools.partial(sharding.pin, config=params.config)
-    adapter, measures = inner.fit(loss_of, adapter, slots, settings, pin)
-    return adapter, sharding.whole(measures.loss)
-
-
-@functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def fit_all(params, slots, *, settings: Sft, remat: bool):
-    # Trained in float32, used in the model's own type.
-    used = jax.tree.map(lambda x: x.dtype, params)
-    cast = lambda tree: jax.tree.map(lambda x, dtype: x.astype(dtype), tree, used)
-
-    def loss_of(trained, tokens_bt, weights_bt, segments_bt):
-        return _mean_loss(cast(trained), None, tokens_bt, weights_bt, segments_bt, remat=remat)
-
-    start = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    pin = functools.partial(sharding.pin, config=params.config)
-    trained, measures = inner.fit(loss_of, start, slots, settings, pin)
-    return cast(trained), sharding.whole(measures.loss)
 
 
 def key_of(cfg: Config, *purpose: str | int) -> jax.Array:

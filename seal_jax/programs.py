@@ -1,6 +1,6 @@
 """The real programs of a run, compiled ahead of time for devices that need not be there.
 
-The inner loop is `inner.adapt_slots`, generation `decoding.run`, finetuning what `outer.finetune`
+The inner loop is `inner.adapt_slots`, generation `decoding.run`, finetuning what `sft.finetune`
 runs; only their arguments are shapes instead of arrays.
 """
 
@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from seal_jax import decoding, inner, lora, outer, sharding
+from seal_jax import decoding, inner, lora, sharding
 from seal_jax import params as params_lib
+from seal_jax import sft as sft_lib
 from seal_jax.config import Config
 from seal_jax.params import ModelConfig
 from seal_jax.slots import Slots
@@ -124,15 +125,15 @@ def finetuning(config: ModelConfig, cfg: Config, mesh: Mesh, tokens: int, steps:
     sft = cfg.outer.sft
     rows = sft.batch_size + -sft.batch_size % sharding.data_size(mesh)
     slots = _slots(1, rows, tokens, steps)
-    slots = outer.one_candidate(slots, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    slots = sft_lib.one_candidate(slots, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
     slots = _placed(slots, jax.tree.map(lambda _: sharding.replicated(mesh), slots))
-    settings = {"settings": outer.program(sft), "remat": True}
+    settings = {"settings": sft_lib.program(sft), "remat": True}
     with sharding.use(mesh):
         if sft.method == "full":
-            return outer.fit_all.lower(weights(config, mesh), slots, **settings)
+            return sft_lib.fit_all.lower(weights(config, mesh), slots, **settings)
         places = sharding.adapters(config, sft.lora, mesh, stacked=False)
         adapter = _placed(lora.shapes(config, sft.lora), places)
-        return outer.fit_lora.lower(weights(config, mesh), adapter, slots, **settings)
+        return sft_lib.fit_lora.lower(weights(config, mesh), adapter, slots, **settings)
 
 
 def compiled(lowered: Any) -> Any:

@@ -180,7 +180,7 @@ class Efficiency(NamedTuple):
             self.useful + chunk.useful,
             self.processed + chunk.processed,
             self.active + int(np.sum(chunk.slots.total_c)),
-            self.executed + inner.executed(chunk),
+            self.executed + chunk.executed,
         )
 
 

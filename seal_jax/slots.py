@@ -56,6 +56,7 @@ class Chunk(NamedTuple):
     slots: Slots
     useful: int
     processed: int
+    executed: int
 
 
 def _width(step: list[list[Text]]) -> int:
@@ -197,6 +198,7 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
         ),
         useful,
         int(padded.sum()) * c,
+        len(slot_i) * c,
     )
 
 

@@ -129,10 +129,10 @@ def test_sequences_have_the_weights_of_their_parts():
             assert compact.parse_grid(output.strip().removesuffix(compact.END)) is not None
 
 
-def test_half_of_the_sequences_end_in_a_self_edit_and_a_few_are_malformed():
+def test_the_told_share_of_sequences_ends_in_a_self_edit_and_a_few_are_malformed():
     texts = [" ".join(words) for words, _ in sequences(3000)]
     written = [text.split(" E ")[1].removesuffix(compact.END) for text in texts if " E " in text]
-    assert 0.45 < len(written) / len(texts) < 0.55
+    assert abs(len(written) / len(texts) - grids.SELF_EDITS) < 0.05
     valid = []
     for text in written:
         try:
@@ -150,7 +150,7 @@ def test_half_of_the_sequences_end_in_a_self_edit_and_a_few_are_malformed():
 
 def test_most_pretraining_grids_are_three_by_three():
     first = [" ".join(words[1:3]) for words, _ in sequences(1000)]
-    assert 0.8 < first.count("h3 w3") / len(first) < 0.9
+    assert abs(first.count("h3 w3") / len(first) - (1 - grids.LARGE)) < 0.05
     assert all(
         text.startswith("I h3 w3") for text in (" ".join(w) for w, _ in sequences(50, large=0))
     )

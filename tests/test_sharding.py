@@ -10,7 +10,7 @@ import pytest
 import toys
 from jax.sharding import AbstractMesh, AxisType
 
-from seal_jax import config, inner, sampling, sharding
+from seal_jax import config, inner, lanes, sampling, sharding
 from seal_jax import params as params_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
@@ -84,11 +84,12 @@ def test_on_one_device_there_is_no_mesh_and_nothing_is_constrained(params):
     assert "shard" not in str(jax.make_jaxpr(run)(q))
 
 
-def test_the_loops_take_what_they_need_at_once_and_fetch_nothing_inside(params):
+@pytest.mark.parametrize("arrange", [slots_lib.arrange, lanes.arrange])
+def test_the_loops_are_sent_what_the_code_names_and_fetch_nothing_inside(params, arrange):
     settings = config.Inner(learning_rate=0.1, epochs=2)
     batch = toys.batch([toys.text(6, i) for i in range(3)], settings)
     key = jax.random.key(0)
-    chunk = next(slots_lib.arrange(batch, 3, key))
+    chunk = next(iter(arrange(batch, 3, key)))
     lora = config.Lora(rank=2, alpha=2.0, targets=("q",))
     lm = LM(params, None, params.config)
     prompts, ids = [[[5, 6, 7]]] * 3, [[1], [2], [3]]

@@ -27,6 +27,8 @@ TRAIN_TASKS, HELD_OUT_TASKS = 12, 28
 FILTERED = Path(__file__).parent / "grid_tasks.json"
 OUTPUT_WEIGHT, FIRST_OUTPUT_WEIGHT, INPUT_WEIGHT, EDIT_WEIGHT = 1.0, 0.3, 0.05, 0.5
 """Weights in the loss of pretraining; nothing tells the first output, so it counts less."""
+SELF_EDITS, LARGE = 0.4, 0.2
+"""Shares of sequences that end in a self-edit, and of tasks with sides up to 6."""
 SMALL_FIRST = 100_000
 MALFORMED = 0.06
 """Share of self-edits that are no valid JSON of the schema."""
@@ -138,7 +140,7 @@ def edit_words(rng: Rng, malformed: float = MALFORMED) -> list[str]:
 
 
 def sequence(
-    rng: Rng, self_edits: float = 0.5, large: float = 0.15
+    rng: Rng, self_edits: float = SELF_EDITS, large: float = LARGE
 ) -> tuple[list[str], list[float]]:
     """Returns the words of a pretraining sequence, and the weight in the loss of each.
 
@@ -163,7 +165,10 @@ def sequence(
 
 
 def pretraining_sequences(
-    seed: int, self_edits: float = 0.4, large: float = 0.2, small_first: int = SMALL_FIRST
+    seed: int,
+    self_edits: float = SELF_EDITS,
+    large: float = LARGE,
+    small_first: int = SMALL_FIRST,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields token ids and their weights in the loss, without end; the seed decides all.
 
