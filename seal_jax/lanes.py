@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -215,7 +214,8 @@ def run(
     Returns before the device is done.
     """
     state = _start(adapters)
-    losses = jnp.full((len(lanes.total_c), lanes.room), jnp.nan, jnp.float32)
+    nothing = np.full((len(lanes.total_c), lanes.room), np.nan, np.float32)
+    losses = jax.device_put(nothing)
     for visit in lanes.visits:
         work = jax.device_put(_work(lanes, visit))
         state, losses = advance(params, state, losses, work, settings=settings, remat=remat)
