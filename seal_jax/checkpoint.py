@@ -21,7 +21,8 @@ from seal_jax.architecture import read_config, write_config
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params
 
-BUILT_IN = {"tiny-world": Path(__file__).parent / "tiny" / "weights" / "tiny-world"}
+_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
+BUILT_IN = {name: _WEIGHTS / name for name in ("tiny-world", "tiny-grids")}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
 _STORED = ("F32", "F16", "BF16")
@@ -47,7 +48,7 @@ def load_model(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> LM:
-    """Returns a model from a folder, a hub id, or the built-in name tiny-world.
+    """Returns a model from a folder, a hub id, or a built-in name (tiny-world, tiny-grids).
 
     Args:
       mesh: Devices that share the weights; by default they lie on one.

@@ -33,7 +33,7 @@ class Model:
     """Which language model."""
 
     path: str = "tiny-world"
-    """Folder in Hugging Face format, hub id, or the built-in model: tiny-world."""
+    """Folder in Hugging Face format, hub id, or a built-in model: tiny-world, tiny-grids."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

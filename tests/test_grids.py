@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from seal_jax import checkpoint, sampling
 from seal_jax import config as config_lib
 from seal_jax.errors import SelfEditError
 from seal_jax.tasks import arc
@@ -175,3 +177,19 @@ def test_a_seed_decides_the_tokens_in_every_process():
     )
     line = next(line for line in done.stdout.splitlines() if line.startswith("ids "))
     assert json.loads(line[4:]) == [ids.tolist() for ids, _ in made]
+
+
+def test_the_built_in_model_writes_self_edits_that_the_real_parser_takes():
+    lm = checkpoint.load_model("tiny-grids", dtype="float32")
+    made = load_task(config_lib.Task(name="tiny-grids"))
+    prompts = [[sampling.encode(lm, made.prompt(context)) for context in made.contexts[:4]]]
+    some = {"samples": 8, "max_tokens": 64, "temperature": 1.0, "key": jax.random.key(0)}
+    written = [one for row in sampling.decode(lm, prompts, **some)[0] for one in row]
+    found = []
+    for one in written:
+        try:
+            found.append(arc.parse_self_edit(sampling.text(lm, one)))
+        except SelfEditError:
+            pass
+    assert len(found) > 0.8 * len(written)  # 6% malformed in pretraining
+    assert len(set(found)) > 0.9 * len(found)  # no configuration is preferred before RL
