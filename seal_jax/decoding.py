@@ -20,13 +20,24 @@ _CACHE_AXES = Cache(0, 0, 0, 0, 0, None)
 def keep_top_p(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """Returns logits [..., v] with all but the nucleus at -inf.
 
-    The nucleus is the smallest set of most likely tokens with at least `top_p` of the mass.
+    The nucleus is the smallest set of most likely tokens with at least `top_p` of the mass; tokens
+    as likely as the least likely of them are in it. No sort: halving finds the least likelihood, 31
+    sums over the vocabulary, which compiles and runs far faster where the vocabulary is large.
     """
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    chances = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(chances, axis=-1) - chances
-    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
-    return jnp.where(logits >= jnp.take_along_axis(ordered, last, -1), logits, -jnp.inf)
+    chances = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    # Floats that are not negative lie in the order of their bits.
+    bits = jax.lax.bitcast_convert_type(chances, jnp.int32)
+    top = jnp.max(bits, axis=-1, keepdims=True)
+
+    def halve(_, bounds):
+        low, high = bounds  # the mass from `low` on is enough, that from `high` on is not
+        middle = low + (high - low) // 2
+        mass = jnp.sum(jnp.where(bits >= middle, chances, 0.0), axis=-1, keepdims=True)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(top), top + 1))
+    return jnp.where(bits >= low, logits, -jnp.inf)
 
 
 def draw(
