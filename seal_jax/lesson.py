@@ -12,9 +12,12 @@ from seal_jax import (
     judge,
     judge_model,
     lora,
+    multihost,
     outer,
     peft,
     rewards,
+    sampling,
+    sharding,
 )
 from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
@@ -49,24 +52,37 @@ def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> 
     Raises:
       SealError: for unreadable files, before the model is loaded.
     """
+    with multihost.together(cfg.distributed):
+        return _teach(cfg, passage, out)
+
+
+def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     task = _task(cfg, passage)
     context = _context(task, passage)
-    if out is not None and out.exists() and any(out.iterdir()):
+    if out is not None and multihost.agree(lambda: b"full" if _full(out) else b""):
         raise SealError(f"{out}: already there and not empty")
-    lm = checkpoint.load_model(cfg.model)
+    lm = checkpoint.load_model(cfg.model, mesh=sharding.make(cfg.mesh))
     key = outer.key_of(cfg, "lesson")
-    (edits,) = rewards.sample_edits(lm, task, [context], key=key, cfg=cfg)
+    ready = sampling.ready(lm, cfg.mesh)
+    (edits,) = rewards.sample_edits(ready, task, [context], key=key, cfg=cfg)
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=rewards.eos(lm))
     adapters, losses = inner.adapt_many(lm.params, batch, key, cfg)
+    losses = sharding.fetch(losses)
     reward, before, after, best = np.zeros(len(edits)), [], [], 0
     if context.questions:
-        before = rewards.score(lm, None, task, [context], cfg).answers[0]
-        scores = rewards.score(lm, adapters, task, [context], cfg)
-        reward, best = scores.reward, int(np.argmax(scores.reward))
+        before = rewards.score(ready, None, task, [context], cfg).answers[0]
+        scores = rewards.score(ready, adapters, task, [context], cfg)
+        reward = multihost.broadcast(scores.reward)  # process 0 asked the judge
+        best = int(np.argmax(reward))
         after = scores.answers[best]
     if out is not None:
-        peft.save_peft(lora.take(adapters, best), out, cfg)
+        adapter = sharding.fetch(lora.take(adapters, best))
+        multihost.agree(lambda: str(peft.save_peft(adapter, out, cfg)).encode())
     return Lesson(context, edits, losses, reward, best, before, after, out)
+
+
+def _full(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
 
 
 def _task(cfg: Config, passage: Path | None) -> Task:
@@ -98,6 +114,8 @@ def _context(task: Task, passage: Path | None) -> Context:
 
 def print_lesson(lesson: Lesson) -> None:
     """Prints the best self-edit and each question with its answers before and after."""
+    if not multihost.leads():
+        return
     print(f"{lesson.context.title}: {len(lesson.edits)} self-edits")
     for edit, reward, losses in zip(lesson.edits, lesson.rewards, lesson.losses, strict=True):
         real = losses[np.isfinite(losses)]

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from seal_jax import checkpoint, runs
 from seal_jax import params as params_lib
@@ -46,30 +48,38 @@ def home(tmp_path_factory):
     return home
 
 
-def arguments(home, folder, *overrides):
+def settings(home, *overrides):
     config = str(ROOT / "configs" / "tiny_world.yaml")
-    own = [*SMALL, f"model.path={home / 'model'}", *overrides]
-    return ["run", config, *own, "--run", str(folder)]
+    return [config, *SMALL, f"model.path={home / 'model'}", *overrides]
 
 
-def launch(home, folder, *overrides):
+def arguments(home, folder, *overrides):
+    return ["run", *settings(home, *overrides), "--run", str(folder)]
+
+
+def launch(home, words, devices=1):
     environment = {
         **os.environ,
         "SEAL_JAX_CACHE": str(home / "cache"),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, "-m", "seal_jax", *arguments(home, folder, *overrides)]
+    command = [sys.executable, "-m", "seal_jax", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def launch_two(home, folder):
+def pair():
+    """Returns the settings that join two processes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     join = [f"distributed.coordinator=localhost:{port}", "distributed.processes=2"]
-    return [launch(home, folder, *join, f"distributed.process_id={i}") for i in range(2)]
+    return [[*join, f"distributed.process_id={i}"] for i in range(2)]
+
+
+def launch_two(home, folder):
+    return [launch(home, arguments(home, folder, *join)) for join in pair()]
 
 
 def ends(processes):
@@ -138,7 +148,7 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_a_restart_goes_on(h
 
 def test_sigterm_stops_at_the_next_record_and_the_same_command_goes_on(home, alone):
     folder = home / "stopped"
-    process = launch(home, folder)
+    process = launch(home, arguments(home, folder))
     wait_for(process, lambda: count(folder / "round_0" / "edits.jsonl") >= 1)
     process.send_signal(signal.SIGTERM)
     (status,), (text,) = ends([process])
@@ -146,3 +156,41 @@ def test_sigterm_stops_at_the_next_record_and_the_same_command_goes_on(home, alo
     assert not (folder / "round_0" / "summary.json").exists()
     assert main(arguments(home, folder)) == 0
     check_same(folder, alone)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_record(home):
+    folder = home / "both_stopped"
+    processes = launch_two(home, folder)
+    wait_for(processes[0], lambda: count(folder / "round_0" / "edits.jsonl") >= 1)
+    processes[1].send_signal(signal.SIGTERM)
+    status, texts = ends(processes)
+    assert status == [143, 143], texts
+    assert all("the same command goes on from here" in text for text in texts)
+    assert not (folder / "round_0" / "summary.json").exists()
+
+
+def test_the_command_on_eight_devices_leaves_the_records_of_one(home, alone):
+    process = launch(home, arguments(home, home / "eight", "mesh.model=2"), devices=8)
+    status, texts = ends([process])
+    assert status == [0], texts
+    check_same(home / "eight", alone)
+
+
+def test_two_processes_teach_a_passage_as_one_does(home):
+    def words(folder, *join):
+        return ["adapt", *settings(home, *join), "--out", str(folder)]
+
+    alone = launch(home, words(home / "taught"))
+    status, texts = ends([alone])
+    assert status == [0], texts
+    processes = [launch(home, words(home / "taught_by_two", *join)) for join in pair()]
+    shown = [process.communicate(timeout=LATE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], shown
+    assert "<- best" in shown[0][0] and "<- best" not in shown[1][0]
+    ours, theirs = (
+        safetensors.numpy.load_file(home / name / "adapter_model.safetensors")
+        for name in ("taught_by_two", "taught")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=2e-3, atol=2e-5)
