@@ -117,9 +117,9 @@ def attend(
 
 def attend_cached(
     q_bqnh: jax.Array,
-    prefix_k_bksh: jax.Array,
+    prefix_k_bkhs: jax.Array,
     prefix_v_bksh: jax.Array,
-    suffix_k_bqkmh: jax.Array,
+    suffix_k_bqkhm: jax.Array,
     suffix_v_bqkmh: jax.Array,
     length_b: jax.Array,
     step: jax.Array,
@@ -129,18 +129,18 @@ def attend_cached(
     The q sequences of a prompt share its keys (read once), and each has its own suffix.
 
     Args:
-      prefix_k_bksh: Keys of the prompts, padded on the right; `length_b` of them count.
-      suffix_k_bqkmh: Keys of generated tokens; those up to and including `step` count.
+      prefix_k_bkhs: Keys of the prompts, padded on the right; `length_b` of them count.
+      suffix_k_bqkhm: Keys of generated tokens; those up to and including `step` count.
     """
     b, samples, n, h = q_bqnh.shape
-    k, s = prefix_k_bksh.shape[1:3]
-    g, m = n // k, suffix_k_bqkmh.shape[3]
+    k, s = prefix_k_bkhs.shape[1], prefix_k_bkhs.shape[3]
+    g, m = n // k, suffix_k_bqkhm.shape[4]
     q = (q_bqnh * h**-0.5).reshape(b, samples, k, g, h)
     q_shared = q.transpose(0, 2, 1, 3, 4).reshape(b, k, samples * g, h)
-    shared = jnp.matmul(q_shared, prefix_k_bksh.mT, preferred_element_type=jnp.float32)
+    shared = jnp.matmul(q_shared, prefix_k_bkhs, preferred_element_type=jnp.float32)
     shared = jnp.where((jnp.arange(s) < length_b[:, None])[:, None, None], shared, _MASKED)
     shared = shared.reshape(b, k, samples, g, s).transpose(0, 2, 1, 3, 4)
-    own = jnp.matmul(q, suffix_k_bqkmh.mT, preferred_element_type=jnp.float32)
+    own = jnp.matmul(q, suffix_k_bqkhm, preferred_element_type=jnp.float32)
     own = jnp.where(jnp.arange(m) <= step, own, _MASKED)
     weights = jax.nn.softmax(jnp.concatenate([shared, own], -1), axis=-1).astype(q.dtype)
     weights_shared = weights[..., :s].transpose(0, 2, 1, 3, 4).reshape(b, k, samples * g, s)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
-from seal_jax import optim
+from seal_jax import model, optim
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch, Text, steps_of
 from seal_jax.lora import Adapter
@@ -204,6 +204,7 @@ def advance(
 
 
 _start = jax.jit(jax.vmap(optim.init))
+_apart = jax.jit(model.layers_apart)
 
 
 def run(
@@ -213,7 +214,7 @@ def run(
 
     Returns before the device is done.
     """
-    state = _start(adapters)
+    params, state = _apart(params), _start(adapters)
     nothing = np.full((len(lanes.total_c), lanes.room), np.nan, np.float32)
     losses = jax.device_put(nothing)
     for visit in lanes.visits:

@@ -1,6 +1,7 @@
 """The decoder of Qwen2/2.5, Qwen3 and Llama 3, as pure functions of its weights.
 
 Layers are stacked, so that `lax.scan` runs over them and a weight is one array of the whole model.
+Programs that run often take the few layers of a small model apart first (`layers_apart`).
 An adapter is a separate argument and may be None.
 """
 
@@ -17,7 +18,7 @@ from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, tabl
 
 __all__ = ["ModelConfig", "Params", "RopeScaling", "init", "shapes", "table"]
 
-# Up to here the scan over layers is unrolled: the steps of a CPU loop cost more than they save.
+# Up to here programs run over layers one by one: the steps of a CPU loop cost more than they save.
 _UNROLLED_LAYERS = 4
 
 
@@ -79,8 +80,34 @@ def _factors(adapter: Adapter | None) -> tuple[dict[str, tuple[jax.Array, jax.Ar
     return {name: (adapter.a[name], adapter.b[name]) for name in adapter.a}, adapter.scale
 
 
-def _unroll(config: ModelConfig) -> int:
-    return config.n_layers if config.n_layers <= _UNROLLED_LAYERS else 1
+def layers_apart(params: Params) -> Params:
+    """Returns the weights of a model of few layers with a list of arrays for each stacked array.
+
+    A slice of a stacked array is a copy, and a program that runs often would make it every time.
+    Models of many layers stay as they are, for `lax.scan`.
+    """
+    stacked = all(isinstance(x, jax.Array) for x in params.layers.values())
+    if not stacked or params.config.n_layers > _UNROLLED_LAYERS:
+        return params
+    apart = {name: list(weight) for name, weight in params.layers.items()}
+    return params.replace(layers=apart)
+
+
+def _over_layers(body, carry, inputs):
+    """Returns `lax.scan` of a body over stacked inputs; where they are lists, a loop, unrolled.
+
+    What the body returns for each layer is stacked, or a list, accordingly.
+    """
+    weights = next(iter(inputs[0].values()))
+    if not isinstance(weights, list):
+        unroll = len(weights) if len(weights) <= _UNROLLED_LAYERS else 1
+        return jax.lax.scan(body, carry, inputs, unroll=unroll)
+    apart = lambda x: isinstance(x, list)
+    returned = []
+    for layer in range(len(weights)):
+        carry, out = body(carry, jax.tree.map(lambda x: x[layer], inputs, is_leaf=apart))
+        returned.append(out)
+    return carry, tuple(map(list, zip(*returned, strict=True)))
 
 
 def segment_positions(segments_bt: jax.Array) -> jax.Array:
@@ -107,7 +134,7 @@ def hidden(
         has its own positions. -n is padding of text n that is trained on, as the reference does:
         it sees text n and nothing sees it. Without segments a row is one text.
       remat: Recompute each layer's activations in the backward pass.
-      keep_keys: Also return keys and values, each [l, b, k, t, h], for a cache.
+      keep_keys: Also return keys [l, b, k, h, t] and values [l, b, k, t, h], for a cache.
     """
     config = params.config
     t = tokens_bt.shape[1]
@@ -125,7 +152,7 @@ def hidden(
         kept = []
 
         def attend(q, k, v):
-            kept.extend([k.swapaxes(1, 2), v.swapaxes(1, 2)] if keep_keys else [])
+            kept.extend([k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)] if keep_keys else [])
             # Keys are kept to generate from, where nothing is differentiated.
             own = {"recomputed": remat or keep_keys}
             return attention.attend_rows(q, k, v, mask, segments_bt, **own)
@@ -137,7 +164,7 @@ def hidden(
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
     x_btd = params.embed[tokens_bt]
-    x_btd, kept = jax.lax.scan(body, x_btd, (params.layers, factors), unroll=_unroll(config))
+    x_btd, kept = _over_layers(body, x_btd, (params.layers, factors))
     x_btd = rms_norm(x_btd, params.norm, config.rms_eps)
     return (x_btd, kept) if keep_keys else x_btd
 
@@ -172,9 +199,14 @@ def forward(
 class Cache:
     """Keys and values: of prompts, shared by the samples of each, and of what they generated.
 
+    Stacked [l, ...], or a list of the arrays of each layer where the weights lie so. Keys have
+    their tokens last, as the product with a query wants them.
+
     Attributes:
-      prefix_k, prefix_v: [l, b, k, t, h], padded on the right.
-      suffix_k, suffix_v: [l, b, q, k, m, h]; q samples of each prompt, room for m tokens.
+      prefix_k: [l, b, k, h, t], padded on the right.
+      prefix_v: [l, b, k, t, h].
+      suffix_k: [l, b, q, k, h, m]; q samples of each prompt, room for m tokens.
+      suffix_v: [l, b, q, k, m, h].
       length_b: Tokens of each prompt.
       step: Tokens generated so far, the same for all.
     """
@@ -206,9 +238,17 @@ def prefill(
     """
     x_btd, (k, v) = hidden(params, adapter, tokens_bt, keep_keys=True)
     last_bd = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)[:, 0]
-    l, b, heads, _, h = k.shape
-    empty = jnp.zeros((l, b, samples, heads, room, h), k.dtype)
-    cache = Cache(k, v, empty, empty, length_b, jnp.zeros((), jnp.int32))
+
+
+    def empty(kept: jax.Array, axis: int) -> jax.Array:
+        *layers, b, heads, _, _ = shape = kept.shape
+        rest = list(shape[-2:])
+        rest[axis] = room
+        return jnp.zeros((*layers, b, samples, heads, *rest), kept.dtype)
+
+    suffix_k = jax.tree.map(lambda x: empty(x, 1), k)
+    suffix_v = jax.tree.map(lambda x: empty(x, 0), v)
+    cache = Cache(k, v, suffix_k, suffix_v, length_b, jnp.zeros((), jnp.int32))
     return unembed(params, last_bd), cache
 
 
@@ -221,36 +261,47 @@ def decode_step(
     rope = rotary(positions, config)
     factors, scale = _factors(adapter)
 
+    stacked = isinstance(cache.suffix_k, jax.Array)
+
+    def grow(suffix, new, layer, axis):
+        """Returns a suffix with the entries of the new token in place, and those of this layer."""
+        start = [0] * new.ndim
+        start[axis] = cache.step
+        if not stacked:
+            grown = jax.lax.dynamic_update_slice(suffix, new, start)
+            return grown, grown
+        # In place: the cache is a loop carry, never copied.
+        grown = jax.lax.dynamic_update_slice(suffix, new[None], (layer, *start))
+        return grown, jax.lax.dynamic_index_in_dim(grown, layer, keepdims=False)
+
     def body(carry, inputs):
-        x_bqd, suffix_k, suffix_v = carry
-        weights, layer_factors, prefix_k, prefix_v, layer = inputs
+        x_bqd, *suffixes = carry
+        weights, layer_factors, prefix_k, prefix_v, layer, own = inputs
+        suffix_k, suffix_v = suffixes if stacked else own
         grown = []
 
         def attend(q, k, v):
-            # The new entries go in place: the cache is a loop carry, never copied.
-            start = (layer, 0, 0, 0, cache.step, 0)
-            all_k = jax.lax.dynamic_update_slice(suffix_k, k[None, :, :, :, None], start)
-            all_v = jax.lax.dynamic_update_slice(suffix_v, v[None, :, :, :, None], start)
+            all_k, own_k = grow(suffix_k, k[..., None], layer, -1)
+            all_v, own_v = grow(suffix_v, v[..., None, :], layer, -2)
             grown.extend([all_k, all_v])
-            own_k = jax.lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
-            own_v = jax.lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
             return attention.attend_cached(
                 q, prefix_k, prefix_v, own_k, own_v, cache.length_b, cache.step
             )
 
         x_bqd = _layer(x_bqd, weights, layer_factors, scale, config, rope, attend)
-        return (x_bqd, *grown), None
+        return ((x_bqd, *grown), ()) if stacked else ((x_bqd,), tuple(grown))
 
-    inputs = (
-        params.layers,
-        factors,
-        cache.prefix_k,
-        cache.prefix_v,
-        jnp.arange(config.n_layers),
-    )
-    carry = (params.embed[token_bq], cache.suffix_k, cache.suffix_v)
-    carry, _ = jax.lax.scan(body, carry, inputs, unroll=_unroll(config))
-    x_bqd, suffix_k, suffix_v = carry
+    x_bqd, suffixes = params.embed[token_bq], (cache.suffix_k, cache.suffix_v)
+    numbers = jnp.arange(config.n_layers)
+    prefix = (cache.prefix_k, cache.prefix_v)
+    if stacked:
+        inputs = (params.layers, factors, *prefix, numbers, ())
+        (x_bqd, *suffixes), _ = _over_layers(body, (x_bqd, *suffixes), inputs)
+    else:
+        own = list(zip(*suffixes, strict=True))
+        inputs = (params.layers, factors, *prefix, numbers, own)
+        (x_bqd,), suffixes = _over_layers(body, (x_bqd,), inputs)
+    suffix_k, suffix_v = suffixes
     x_bqd = rms_norm(x_bqd, params.norm, config.rms_eps)
     cache = cache.replace(suffix_k=suffix_k, suffix_v=suffix_v, step=cache.step + 1)
     return unembed(params, x_bqd), cache
