@@ -6,6 +6,7 @@ An adapter is a separate argument and may be None.
 """
 
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -84,10 +85,10 @@ def layers_apart(params: Params) -> Params:
     """Returns the weights of a model of few layers with a list of arrays for each stacked array.
 
     A slice of a stacked array is a copy, and a program that runs often would make it every time.
-    Models of many layers stay as they are, for `lax.scan`.
+    Models of many layers stay as they are, for `lax.scan`, and so do weights on a mesh.
     """
     stacked = all(isinstance(x, jax.Array) for x in params.layers.values())
-    if not stacked or params.config.n_layers > _UNROLLED_LAYERS:
+    if not stacked or params.config.n_layers > _UNROLLED_LAYERS or sharding.current() is not None:
         return params
     apart = {name: list(weight) for name, weight in params.layers.items()}
     return params.replace(layers=apart)
@@ -105,7 +106,8 @@ def _over_layers(body, carry, inputs):
     apart = lambda x: isinstance(x, list)
     returned = []
     for layer in range(len(weights)):
-        carry, out = body(carry, jax.tree.map(lambda x: x[layer], inputs, is_leaf=apart))
+        own = jax.tree.map(operator.itemgetter(layer), inputs, is_leaf=apart)
+        carry, out = body(carry, own)
         returned.append(out)
     return carry, tuple(map(list, zip(*returned, strict=True)))
 
@@ -238,7 +240,6 @@ def prefill(
     """
     x_btd, (k, v) = hidden(params, adapter, tokens_bt, keep_keys=True)
     last_bd = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)[:, 0]
-
 
     def empty(kept: jax.Array, axis: int) -> jax.Array:
         *layers, b, heads, _, _ = shape = kept.shape
