@@ -121,6 +121,8 @@ def attend_cached(
     prefix_v_bksh: jax.Array,
     suffix_k_bqkhm: jax.Array,
     suffix_v_bqkmh: jax.Array,
+    new_k_bqkh1: jax.Array,
+    new_v_bqk1h: jax.Array,
     length_b: jax.Array,
     step: jax.Array,
 ) -> jax.Array:
@@ -130,7 +132,8 @@ def attend_cached(
 
     Args:
       prefix_k_bkhs: Keys of the prompts, padded on the right; `length_b` of them count.
-      suffix_k_bqkhm: Keys of generated tokens; those up to and including `step` count.
+      suffix_k_bqkhm: Keys of generated tokens; those before `step` count.
+      new_k_bqkh1: Key of the new token, which sees itself.
     """
     b, samples, n, h = q_bqnh.shape
     k, s = prefix_k_bkhs.shape[1], prefix_k_bkhs.shape[3]
@@ -141,9 +144,11 @@ def attend_cached(
     shared = jnp.where((jnp.arange(s) < length_b[:, None])[:, None, None], shared, _MASKED)
     shared = shared.reshape(b, k, samples, g, s).transpose(0, 2, 1, 3, 4)
     own = jnp.matmul(q, suffix_k_bqkhm, preferred_element_type=jnp.float32)
-    own = jnp.where(jnp.arange(m) <= step, own, _MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([shared, own], -1), axis=-1).astype(q.dtype)
+    own = jnp.where(jnp.arange(m) < step, own, _MASKED)
+    new = jnp.matmul(q, new_k_bqkh1, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.concatenate([shared, own, new], -1), axis=-1).astype(q.dtype)
     weights_shared = weights[..., :s].transpose(0, 2, 1, 3, 4).reshape(b, k, samples * g, s)
     out = jnp.matmul(weights_shared, prefix_v_bksh).reshape(b, k, samples, g, h)
-    out = out.transpose(0, 2, 1, 3, 4) + jnp.matmul(weights[..., s:], suffix_v_bqkmh)
+    out = out.transpose(0, 2, 1, 3, 4) + jnp.matmul(weights[..., s:-1], suffix_v_bqkmh)
+    out += weights[..., -1:] * new_v_bqk1h
     return out.reshape(b, samples, n, h)

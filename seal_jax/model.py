@@ -5,6 +5,7 @@ Programs that run often take the few layers of a small model apart first (`layer
 An adapter is a separate argument and may be None.
 """
 
+import functools
 import math
 import operator
 
@@ -262,47 +263,26 @@ def decode_step(
     rope = rotary(positions, config)
     factors, scale = _factors(adapter)
 
-    stacked = isinstance(cache.suffix_k, jax.Array)
-
-    def grow(suffix, new, layer, axis):
-        """Returns a suffix with the entries of the new token in place, and those of this layer."""
-        start = [0] * new.ndim
-        start[axis] = cache.step
-        if not stacked:
-            grown = jax.lax.dynamic_update_slice(suffix, new, start)
-            return grown, grown
-        # In place: the cache is a loop carry, never copied.
-        grown = jax.lax.dynamic_update_slice(suffix, new[None], (layer, *start))
-        return grown, jax.lax.dynamic_index_in_dim(grown, layer, keepdims=False)
-
-    def body(carry, inputs):
-        x_bqd, *suffixes = carry
-        weights, layer_factors, prefix_k, prefix_v, layer, own = inputs
-        suffix_k, suffix_v = suffixes if stacked else own
-        grown = []
+    def body(x_bqd, inputs):
+        weights, layer_factors, *kept = inputs
+        new = []
 
         def attend(q, k, v):
-            all_k, own_k = grow(suffix_k, k[..., None], layer, -1)
-            all_v, own_v = grow(suffix_v, v[..., None, :], layer, -2)
-            grown.extend([all_k, all_v])
-            return attention.attend_cached(
-                q, prefix_k, prefix_v, own_k, own_v, cache.length_b, cache.step
-            )
+            new.extend([k[..., None], v[..., None, :]])
+            return attention.attend_cached(q, *kept, *new, cache.length_b, cache.step)
 
-        x_bqd = _layer(x_bqd, weights, layer_factors, scale, config, rope, attend)
-        return ((x_bqd, *grown), ()) if stacked else ((x_bqd,), tuple(grown))
+        return _layer(x_bqd, weights, layer_factors, scale, config, rope, attend), tuple(new)
 
-    x_bqd, suffixes = params.embed[token_bq], (cache.suffix_k, cache.suffix_v)
-    numbers = jnp.arange(config.n_layers)
-    prefix = (cache.prefix_k, cache.prefix_v)
-    if stacked:
-        inputs = (params.layers, factors, *prefix, numbers, ())
-        (x_bqd, *suffixes), _ = _over_layers(body, (x_bqd, *suffixes), inputs)
-    else:
-        own = list(zip(*suffixes, strict=True))
-        inputs = (params.layers, factors, *prefix, numbers, own)
-        (x_bqd,), suffixes = _over_layers(body, (x_bqd,), inputs)
-    suffix_k, suffix_v = suffixes
+    kept = (cache.prefix_k, cache.prefix_v, cache.suffix_k, cache.suffix_v)
+    x_bqd = params.embed[token_bq]
+    x_bqd, (new_k, new_v) = _over_layers(body, x_bqd, (params.layers, factors, *kept))
+
+    # After all reading, so that the cache, a loop carry, is written in place and never copied.
+    def put(axis: int, kept: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(kept, new, cache.step, axis)
+
+    suffix_k = jax.tree.map(functools.partial(put, -1), cache.suffix_k, new_k)
+    suffix_v = jax.tree.map(functools.partial(put, -2), cache.suffix_v, new_v)
     x_bqd = rms_norm(x_bqd, params.norm, config.rms_eps)
     cache = cache.replace(suffix_k=suffix_k, suffix_v=suffix_v, step=cache.step + 1)
     return unembed(params, x_bqd), cache
