@@ -27,7 +27,7 @@ from seal_jax.slots import Chunk
 _LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 # Tokens in a call: as few as keep the device busy, since fewer lanes are easier to fill.
 _TOKENS = {"cpu": 64, "other": 1024}
-_LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
+LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
 
 Step = list[list[Text]]  # rows of texts
 
@@ -81,12 +81,11 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterat
       key: Draws the order of steps in each epoch.
       tokens: Tokens in a call, about; 0 chooses by the device.
     """
-    tokens = tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
     order = slots_lib.by_work(steps, total)
     chunk = min(chunk or len(order), 1 << max(len(order) - 1, 0).bit_length())
-    room = _LOSSES
+    room = LOSSES
     while room < max(total, default=0):
         room *= 2
     order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
@@ -109,15 +108,16 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterat
         yield Chunk(index, lanes, useful, processed, sum(v.width for v in visits))
 
 
-def _size(step: Step) -> tuple[int, int]:
+def size_of(step: Step) -> tuple[int, int]:
     """Returns the rows and tokens that hold a step: powers of two, and one of few lengths."""
     longest = max(sum(len(text.tokens) for text in row) for row in step)
     t = next((x for x in _LENGTHS if x >= longest), -(-longest // 256) * 256)
     return 1 << (len(step) - 1).bit_length(), t
 
 
-def _width(size: tuple[int, int], tokens: int, chunk: int) -> int:
-    """Returns the lanes of a call of this size."""
+def width_of(size: tuple[int, int], chunk: int, tokens: int = 0) -> int:
+    """Returns the lanes of a call of this size (`tokens` as in `arrange`)."""
+    tokens = tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
     return max(1, min(chunk, tokens // (size[0] * size[1])))
 
 
@@ -129,7 +129,7 @@ def _plan(
     Each call is of the size that fills most of its lanes at that moment; lanes left over go to
     candidates whose next step is smaller. Those with the most steps ahead of them go first.
     """
-    sizes = [[_size(step) for step in own] for own in steps]
+    sizes = [[size_of(step) for step in own] for own in steps]
     at = [0] * len(steps)
     left = [len(queue) for queue in queues]
     live = {i for i, n in enumerate(left) if n}
@@ -139,11 +139,11 @@ def _plan(
         for i in sorted(live, key=lambda i: (-left[i], i)):
             ready.setdefault(sizes[i][queues[i][at[i]]], []).append(i)
         fills = [
-            (min(1.0, len(own) / _width(size, tokens, chunk)), left[own[0]], size)
+            (min(1.0, len(own) / width_of(size, chunk, tokens)), left[own[0]], size)
             for size, own in ready.items()
         ]
         rows, t = size = max(fills)[2]
-        width = _width(size, tokens, chunk)
+        width = width_of(size, chunk, tokens)
         fitting = [s for s in sorted(ready, key=lambda s: -s[0] * s[1]) if s != size]
         fitting = [size, *(s for s in fitting if s[0] <= rows and s[1] <= t)]
         chosen = [i for s in fitting for i in ready[s]][:width]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, inner, multihost, sampling, sharding
+from seal_jax import batching, chunks, inner, multihost, sampling, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -202,6 +202,8 @@ def evaluate(
       done: Says that the candidates at these places need not run again.
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
+    settings = chunks.choose(lm.params, batch, cfg)
+    batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])
     for chunk in inner.arrange(lm.params, batch, key):
         places = [int(i) for i in chunk.index if i >= 0]

@@ -1,0 +1,61 @@
+"""The chunk that is chosen fits, by the compiler's word, and the next larger one does not."""
+
+import toys
+
+from seal_jax import chunks, config
+from seal_jax.batching import Batch
+
+CONFIG = toys.config("qwen2", n_layers=2)
+LORA = config.Lora(rank=8, alpha=8.0, targets=config.ALL_TARGETS)
+CFG = config.Config(lora=LORA)
+
+
+def batch(candidates=40, **settings):
+    written = [";".join(toys.text(9, (i, j)) for j in range(1 + i % 3)) for i in range(candidates)]
+    return toys.batch(written, config.Inner(epochs=1, **settings))
+
+
+def counts_of(bytes_of, limit):
+    tried = []
+
+    def seen(count):
+        tried.append(count)
+        return bytes_of(count)
+
+    return chunks.largest(seen, limit, (1, 2, 4, 8, 16, 32, 64)), tried
+
+
+def test_memory_that_grows_evenly_takes_three_programs():
+    assert counts_of(lambda n: 100 + 10 * n, 500) == (32, [2, 4, 32])
+    assert counts_of(lambda n: 100 + 10 * n, 10_000) == (64, [2, 4, 64])
+
+
+def test_a_count_that_does_not_fit_after_all_gives_way_to_a_smaller_one():
+    assert counts_of(lambda n: None if n > 8 else 10 * n, 500)[0] == 8
+    assert counts_of(lambda n: 10 * n + (1000 if n > 16 else 0), 500)[0] == 16
+    assert counts_of(lambda n: None, 500)[0] == 1  # nothing smaller to try
+    assert chunks.largest(lambda n: 10, 500, (1,)) == 1
+
+
+def test_the_chunk_fits_and_the_next_one_does_not():
+    weights = toys.params(CONFIG)
+    made = batch()
+
+    def chosen(limit):
+        return chunks.choose(weights, made, CFG, limit).chunk
+
+    most = chosen(1 << 40)
+    assert most == 48  # all 40, in one of the few counts
+    small = chosen(1)
+    assert small == 1
+    found = [chosen(x) for x in (10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6)]
+    assert found == sorted(found) and len(set(found)) > 2
+
+
+def test_the_users_chunk_stays_and_a_cpu_takes_few():
+    weights = toys.params(CONFIG)
+    assert chunks.choose(weights, batch(chunk=7), CFG, 1 << 40).chunk == 7
+    assert chunks.room(weights) is None  # a CPU does not say
+    assert chunks.choose(weights, batch(), CFG).chunk == 0
+    nothing = Batch((), batch().settings, 0)
+    assert chunks.choose(weights, nothing, CFG, 1 << 40).chunk == 0
