@@ -1,17 +1,19 @@
 """Lists the tiny grids' puzzles that are as hard as the paper's ARC tasks.
 
 A puzzle is kept if the bare model fails it in-context and some configuration of the oracle's grid
-solves it: the paper's own filter (section 4.2). Families take turns, so the lists are balanced.
+solves it: the paper's own filter (section 4.2), the same for puzzles to train on and held-out ones.
+As many of each family are listed as of its split's rarest, so that the lists are balanced.
 
-Run: python benchmarks/filter_grids.py --config configs/arc_tiny.yaml
+Run: python benchmarks/filter_grids.py
 """
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
+import machine
 import tyro
 
 from seal_jax import checkpoint, config, rewards, runs
@@ -22,6 +24,9 @@ from seal_jax.tasks import Context, Task
 from seal_jax.tasks.arc import baselines
 from seal_jax.tasks.arc import task as arc_task
 from seal_jax.tiny import grids, rules
+
+RESULTS = Path(__file__).parent / "results" / "filter_grids.json"
+SIZES = {"rl": grids.TRAIN_TASKS, "held_out": grids.HELD_OUT_TASKS}
 
 
 @dataclass(frozen=True)
@@ -34,55 +39,87 @@ class Arguments:
     """Another model than the configuration's."""
     pool: int = 16
     """Puzzles drawn of each family."""
+    each: int = 6
+    """Puzzles of a family after which no more of it are tried."""
+    deal: bool = False
+    """Only write the lists anew, from what the last run found."""
+    results: Path = RESULTS
     out: Path = grids.FILTERED
 
 
-def solved(lm: LM, task: Task, contexts: list[Context], text: str, cfg: Config) -> dict[str, bool]:
-    """Returns whether one self-edit solves each puzzle."""
+def solved(lm: LM, task: Task, contexts: list[Context], text: str, cfg: Config) -> set[str]:
+    """Returns the ids of the puzzles that one self-edit solves."""
     edits = [SelfEdit(context, 0, text) for context in contexts]
-    found = {}
+    found = set()
     for outcomes, _ in rewards.evaluate(lm, task, edits, jax.random.key(0), cfg):
-        for one in outcomes:
-            found[contexts[one.at].id] = one.grade.reward == 1
+        found |= {contexts[one.at].id for one in outcomes if one.grade.reward == 1}
     return found
 
 
-def keep(split: str, each: int, lm: LM, cfg: Config, pool: int) -> tuple[list[int], dict]:
-    """Returns the numbers of the puzzles kept, `each` of every family, and counts."""
-    names = list(rules.SPLITS[split])
-    drawn = grids.puzzles(split, range(pool * len(names)))
-    task = arc_task.make(drawn, cfg.task, name=split)
+def find(lm: LM, cfg: Config, pool: int, each: int) -> dict[str, Any]:
+    """Returns, for each family, how many puzzles were right in-context, and those that are kept."""
+    drawn = {}
+    for split in SIZES:
+        drawn |= grids.puzzles(split, pool * len(rules.SPLITS[split]))
+    task = arc_task.make(drawn, cfg.task, name="pool")
     contexts = list(task.contexts)
-    bare = rewards.score(lm, None, task, contexts, cfg)
-    rest = [c for c, reward in zip(contexts, bare.reward, strict=True) if reward < 1]
-    counts = {"drawn": len(contexts), "in_context": len(contexts) - len(rest), "by_edit": []}
-    home: dict[str, int] = {}
+    bare = rewards.score(lm, None, task, contexts, cfg).reward
+    families = {
+        name: {"drawn": pool, "in_context": 0, "kept": []}
+        for s in SIZES
+        for name in rules.SPLITS[s]
+    }
+    left = []
+    for context, reward in zip(contexts, bare, strict=True):
+        if reward == 1:
+            families[_family(context)]["in_context"] += 1
+        else:
+            left.append(context)
+    configurations = []
     for text in baselines.grid(cfg.task.arc.format):
-        taken = Counter(key.split("-")[0] for key in home)
-        todo = [c for c in rest if c.id not in home and taken[c.id.split("-")[0]] < each]
+        todo = [c for c in left if len(families[_family(c)]["kept"]) < each]
         if not todo:
             break
-        new = [key for key, right in solved(lm, task, todo, text, cfg).items() if right]
-        home |= {key: int(key.split("-")[2]) for key in new}
-        counts["by_edit"].append([len(todo), len(new)])
-        print(split, text.split('"strategy"')[1], f"{len(new)} of {len(todo)}", flush=True)
-    kept = []
-    for name in names:
-        own = sorted(number for key, number in home.items() if key.split("-")[0] == name)
-        kept += own[:each]
-        counts[name] = len(own[:each])
-    return sorted(kept, key=lambda n: (n // len(names), n % len(names))), counts
+        right = solved(lm, task, todo, text, cfg)
+        left = [c for c in left if c.id not in right]
+        for key in sorted(right, key=list(drawn).index):
+            families[key.rsplit("-", 2)[0]]["kept"].append(key)
+        configurations.append({"self_edit": text, "tried": len(todo), "solved": len(right)})
+        print(f"{len(right)} of {len(todo)} by {text.split(' : ', 5)[-1]}", flush=True)
+    return {"families": families, "configurations": configurations}
+
+
+def _family(context: Context) -> str:
+    return context.id.rsplit("-", 2)[0]
+
+
+def deal(families: dict[str, Any]) -> dict[str, list[str]]:
+    """Returns the lists: families in turn, equally many of each."""
+    lists = {}
+    for split, size in SIZES.items():
+        names = list(rules.SPLITS[split])
+        each = min(-(-size // len(names)), *(len(families[name]["kept"]) for name in names))
+        lists[split] = [families[name]["kept"][i] for i in range(each) for name in names]
+    return lists
 
 
 def main(arguments: Arguments) -> None:
-    changes = [] if arguments.model is None else [f"model.path={arguments.model}"]
-    cfg = config.load_config(arguments.config, changes)
-    lm = checkpoint.load_model(cfg.model)
-    rl, rl_counts = keep("rl", grids.TRAIN_TASKS // len(rules.RL), lm, cfg, arguments.pool)
-    each = grids.HELD_OUT_TASKS // len(rules.HELD_OUT)
-    held_out, counts = keep("held_out", each, lm, cfg, arguments.pool)
-    print(json.dumps({"rl": rl_counts, "held_out": counts}, indent=1))
-    runs.write_json(arguments.out, {"rl": rl, "held_out": held_out})
+    if arguments.deal:
+        found = json.loads(arguments.results.read_text())
+    else:
+        changes = [] if arguments.model is None else [f"model.path={arguments.model}"]
+        cfg = config.load_config(arguments.config, changes)
+        lm = checkpoint.load_model(cfg.model)
+        found = find(lm, cfg, arguments.pool, arguments.each)
+        found |= {"command": machine.command(), "machine": machine.describe()}
+        runs.write_json(arguments.results, found)
+    for name, own in found["families"].items():
+        print(
+            f"{name}: {own['drawn']} drawn, {own['in_context']} in-context, {len(own['kept'])} kept"
+        )
+    lists = deal(found["families"])
+    print({split: len(keys) for split, keys in lists.items()})
+    runs.write_json(arguments.out, lists)
 
 
 if __name__ == "__main__":

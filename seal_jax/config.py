@@ -69,7 +69,7 @@ class Inner:
     pad_loss: bool = False
     """Train on padding up to max_length, as the reference does; for fidelity checks only."""
     chunk: Count = 0
-    """Candidates in one program; 0 chooses by the device."""
+    """Candidates adapted at a time; 0: the most that fit into a GPU or TPU, few on a CPU."""
     remat: Literal["auto", "none", "layers"] = "auto"
     """Recompute activations in the backward pass, a layer at a time; auto: on accelerators."""
 

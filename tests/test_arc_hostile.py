@@ -4,6 +4,7 @@ import builtins
 import json
 import random
 
+import numpy as np
 import pytest
 
 from seal_jax.errors import SelfEditError
@@ -96,11 +97,12 @@ def hostile_grid(draw):
     if kind == 4:
         return "".join(chr(draw.randrange(1, 0x2FFF)) for _ in range(draw.randrange(80)))
     words = [f"h{rows}", f"w{columns}"]
-    for number in range(1, rows + 1):
-        words += [f"r{number}", *(draw.choice(compact.CELLS) for _ in range(columns))]
+    colours = [[draw.randrange(10) for _ in range(columns)] for _ in range(rows)]
+    if rows and columns:
+        words = compact.grid_words(np.array(colours, np.int8))
     if words and kind > 5:
         words[draw.randrange(len(words))] = draw.choice(
-            [*compact.WORDS, "h-1", "h٣", "w99999999999", ""]
+            [*compact.WORDS, "h-1", "h٣", "w99999999999", "11", "11٣", "011a", "11a//", ""]
         )
     return " ".join(words)
 

@@ -54,3 +54,10 @@ def test_round(tmp_path):
     runs = quick("round", tmp_path)["runs"]
     assert runs["second"]["programs_from_cache"] > 0
     assert runs["second"]["compiling_s"] < runs["first"]["compiling_s"]
+
+
+@pytest.mark.slow
+def test_validity(tmp_path):
+    rows = quick("validity", tmp_path)["rows"]
+    share = {way: valid for _, way, _, valid, _ in rows}
+    assert share["grammar"] == 1.0 >= share["free"] > 0

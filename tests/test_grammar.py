@@ -80,7 +80,7 @@ def test_constrained_samples_are_valid_where_free_ones_are_not():
     lm = lm_of(tokenizer)
     rules = sampling.constrain(lm, syntax.self_edits())
     call = {"samples": 8, "max_tokens": 120, "temperature": 1.0, "key": jax.random.key(0)}
-    prompt = tokenizer("I h1 w1 r1 a O h1 w1 r1 b " + compact.EDIT)["input_ids"]
+    prompt = tokenizer("I h1 w1 11a/ O h1 w1 11b/ " + compact.EDIT)["input_ids"]
     free = sampling.decode(lm, [[prompt]], **call)[0][0]
     held = sampling.decode(lm, [[prompt]], grammar=rules, **call)[0][0]
     for one in free:

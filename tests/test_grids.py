@@ -88,7 +88,7 @@ def test_held_out_tasks_are_many_balanced_and_new():
     made = load_task(config_lib.Task(name="tiny-grids"))
     assert len(made.contexts) >= 12 and len(made.held_out) >= 24
     for contexts, group in ((made.contexts, rules.RL), (made.held_out, rules.HELD_OUT)):
-        names = [context.id.split("-")[0] for context in contexts]
+        names = [context.id.rsplit("-", 2)[0] for context in contexts]
         assert set(names) == set(group)
         assert len({names.count(name) for name in group}) == 1  # each equally often
     every = [*made.contexts, *made.held_out]

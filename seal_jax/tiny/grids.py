@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,26 +81,28 @@ def shape(rng: Rng, large: float) -> tuple[int, int]:
     return height, width
 
 
-def puzzles(split: str, numbers: Iterable[int], seed: int = 0) -> arc_task.Puzzles:
-    """Returns 3 by 3 tasks of a split by id; its families take turns in the numbering."""
-    families = rules.SPLITS[split]
-    names = list(families)
-    made: dict[str, tuple[ArcTask, ...]] = {}
-    for number in numbers:
-        name = names[number % len(names)]
-        key = f"{name}-{seed}-{number}"
-        *train, test = make_task(families[name], _rng("task", split, seed, number), (3, 3))
-        made[key] = (ArcTask(tuple(train), test, key),)
-    return made
+def puzzle(key: str) -> tuple[ArcTask, ...]:
+    """Returns the 3 by 3 puzzle that a key names: its family, seed and number."""
+    name, seed, number = key.rsplit("-", 2)
+    family = rules.PRETRAINING | rules.RL | rules.HELD_OUT
+    rng = _rng("task", name, int(seed), int(number))
+    *train, test = make_task(family[name], rng, (3, 3))
+    return (ArcTask(tuple(train), test, key),)
+
+
+def puzzles(split: str, count: int, seed: int = 0) -> arc_task.Puzzles:
+    """Returns puzzles of a split by key; its families take turns."""
+    names = list(rules.SPLITS[split])
+    keys = [f"{names[i % len(names)]}-{seed}-{i // len(names)}" for i in range(count)]
+    return {key: puzzle(key) for key in keys}
 
 
 def filtered(split: str) -> arc_task.Puzzles:
-    """Returns the tasks that are as hard as the paper's: failed in-context, solved by some edit.
+    """Returns the puzzles that are as hard as the paper's: failed in-context, solved by some edit.
 
     They are listed in grid_tasks.json, made by `benchmarks/filter_grids.py`.
     """
-    numbers = json.loads(FILTERED.read_text())[split]
-    return puzzles(split, numbers)
+    return {key: puzzle(key) for key in json.loads(FILTERED.read_text())[split]}
 
 
 def task(settings: config_lib.Task) -> Task:
@@ -115,8 +117,8 @@ def task(settings: config_lib.Task) -> Task:
     train = filtered("rl") if listed else {}
     held_out = filtered("held_out") if listed else {}
     if size > len(train):
-        train = puzzles("rl", range(size), settings.seed)
-        held_out = puzzles("held_out", range(HELD_OUT_TASKS), settings.seed)
+        train = puzzles("rl", size, settings.seed)
+        held_out = puzzles("held_out", HELD_OUT_TASKS, settings.seed)
     return arc_task.make(
         dict(list(train.items())[:size]),
         dataclasses.replace(settings, arc=compact_arc),
@@ -151,7 +153,10 @@ def sequence(
     count = int(rng.choice([2, 3, 4, 5], p=[0.1, 0.4, 0.4, 0.1]))
     words: list[str] = []
     weights: list[float] = []
-    for i, pair in enumerate(make_task(family, rng, shape(rng, large), count)):
+    pairs = make_task(family, rng, shape(rng, large), count)
+    while max(side for pair in pairs for grid in pair for side in grid.shape) > compact.PLACES:
+        pairs = make_task(family, rng, shape(rng, large), count)
+    for i, pair in enumerate(pairs):
         asked, answer = compact.pair_words(pair)
         words += asked + answer
         weights += [INPUT_WEIGHT] * len(asked)

@@ -19,6 +19,7 @@ from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.model import ModelConfig, Params
 from seal_jax.optim import Measures, TrainState
+from seal_jax.tasks.arc import compact
 from seal_jax.tiny import grid_tokens, grids, world
 from seal_jax.tiny import tokens as tokens_lib
 
@@ -26,7 +27,7 @@ ROWS, LENGTH = 16, 144
 TINY_WORLD_TOKENS = 6_500_000
 BUCKETS = ((96, 54), (136, 38), (168, 31), (256, 20), (384, 13))
 """Lengths of rows and their number in a batch: about as many tokens in each, 5,000."""
-TINY_GRIDS_TOKENS = 24_000_000
+TINY_GRIDS_TOKENS = 20_000_000
 _SELF_EDITS = 0.27  # of the texts; their tokens are 60% of all
 _PROMPT_WEIGHT = 0.3
 _LOOKAHEAD = 64
@@ -169,14 +170,22 @@ def muon_state(params: Params, steps: int) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames="steps", donate_argnames="state")
-def muon_step(state: TrainState, rows: Rows, steps: int) -> tuple[TrainState, Measures]:
+def muon_step(
+    state: TrainState, rows: Rows, steps: int, parts_vp: np.ndarray
+) -> tuple[TrainState, Measures]:
     """Returns the state after one step by Muon, and what was measured.
 
     Matrices of the layers take orthogonalised steps, all else AdamW's; rates as in `train_step`.
+
+    Args:
+      parts_vp: What embeddings are made of; the state has those of the parts, [p, d].
     """
-    value, grads = jax.value_and_grad(optim.loss)(
-        state.trained, None, rows.tokens_bt, rows.weights_bt, rows.segments_bt
-    )
+
+    def loss(params: Params) -> jax.Array:
+        whole = params.replace(embed=parts_vp @ params.embed)
+        return optim.loss(whole, None, rows.tokens_bt, rows.weights_bt, rows.segments_bt)
+
+    value, grads = jax.value_and_grad(loss)(state.trained)
     norm = optax.tree.norm(grads)
     changes, moments = _muon(steps).update(grads, state.moments, state.trained)
     trained = optax.apply_updates(state.trained, changes)
@@ -256,7 +265,7 @@ def tiny_grids_config() -> ModelConfig:
         n_kv_heads=4,
         d_head=16,
         d_ff=128,
-        rope_theta=300.0,  # texts are short: more of the angles tell neighbours apart
+        rope_theta=1e6,  # most angles turn slowly: words say their place, heads look for it
         tied=True,
         qkv_bias=True,
         eos_ids=(grid_tokens.IDS[grid_tokens.EOS],),
@@ -279,9 +288,36 @@ def tiny_grids(
     tokenizer = grid_tokens.build()
     batches = bucketed(grids.pretraining_sequences(seed), tokenizer.pad_token_id)
     steps = tokens // (BUCKETS[0][0] * BUCKETS[0][1])
-    state = muon_state(model.init(tiny_grids_config(), seed), steps)
-    params = train(state, muon_step, batches, steps, progress)
+    parts_vp = word_parts()
+    params = model.init(tiny_grids_config(), seed)
+    embed_pd = params.embed[: parts_vp.shape[1]]
+    state = muon_state(params.replace(embed=embed_pd), steps)
+    whole = lambda params: params.replace(embed=parts_vp @ params.embed)
+    step = functools.partial(muon_step, parts_vp=parts_vp)
+    seen = progress and (lambda at: progress(at._replace(params=whole(at.params))))
+    params = whole(train(state, step, batches, steps, seen))
     return save(params, tokenizer, folder, grid_tokens.save)
+
+
+def word_parts() -> np.ndarray:
+    """Returns how words of the tiny grids are made of parts, [v, p].
+
+    A cell's embedding is trained as a sum over its row, column, colour, and the next cell's row and
+    column, so that every word shares what is learned of its parts; other words are a part each.
+    """
+    places, ends = compact.PLACES, compact.PLACES + 1  # a row more: what comes after the last
+    kinds = np.cumsum([0, places, places, len(compact.COLOUR_LETTERS), ends, ends])
+    others = [word for word in grid_tokens.VOCABULARY if word not in compact.CELLS]
+    parts = np.zeros((len(grid_tokens.VOCABULARY), kinds[-1] + len(others)), np.float32)
+    for word, number in grid_tokens.IDS.items():
+        cell = compact.CELLS.get(word)
+        if cell is None:
+            parts[number, kinds[-1] + others.index(word)] = 1.0
+            continue
+        following = (cell.row + 1, 0) if cell.last else (cell.row, cell.column + 1)
+        own = np.array([cell.row, cell.column, cell.colour, *following])
+        parts[number, kinds[:-1] + own] = len(own) ** -0.5
+    return parts
 
 
 def _empty(folder: str | Path) -> Path:

@@ -152,6 +152,25 @@ def _bar(rng, shape, palette) -> Rule:
     return _painted(lambda h, w: np.arange(h)[:, None] == [place] * w, int(rng.integers(1, 10)))
 
 
+def _cross(rng, shape, palette) -> Rule:
+    def where(h: int, w: int) -> np.ndarray:
+        return (np.arange(h)[:, None] == h // 2) | (np.arange(w) == w // 2)
+
+    return _painted(where, int(rng.integers(1, 10)))
+
+
+def _corners(rng, shape, palette) -> Rule:
+    def where(h: int, w: int) -> np.ndarray:
+        return np.isin(np.arange(h), (0, h - 1))[:, None] & np.isin(np.arange(w), (0, w - 1))
+
+    return _painted(where, int(rng.integers(1, 10)))
+
+
+def _keep_row(rng, shape, palette) -> Rule:
+    kept = int(rng.integers(shape[0]))
+    return lambda grid: np.where(np.arange(len(grid))[:, None] == kept, grid, 0)
+
+
 def _lines(rng, shape, palette) -> Rule:
     axis = int(rng.integers(2))
     return lambda grid: np.where(grid == 0, grid.max(axis, keepdims=True), grid)
@@ -178,6 +197,10 @@ def _copy_row(rng, shape, palette) -> Rule:
 
 def _copy_column(rng, shape, palette) -> Rule:
     return lambda grid: np.repeat(grid[:, -1:], grid.shape[1], 1)
+
+
+def _last_row(rng, shape, palette) -> Rule:
+    return lambda grid: np.repeat(grid[-1:], len(grid), 0)
 
 
 def _majority(rng, shape, palette) -> Rule:
@@ -251,6 +274,8 @@ RL: dict[str, Family] = {
     "inside": Family(_inside),
     "shift": Family(_shift),
     "double_rows": Family(_double_rows),
+    "corners": Family(_corners),
+    "last_row": Family(_last_row),
 }
 HELD_OUT: dict[str, Family] = {
     "antitranspose": Family(_antitranspose),
@@ -260,5 +285,7 @@ HELD_OUT: dict[str, Family] = {
     "overlay": Family(_overlay, black=True),
     "columns": Family(_columns, fixed=True),
     "copy_column": Family(_copy_column),
+    "cross": Family(_cross),
+    "keep_row": Family(_keep_row, fixed=True),
 }
 SPLITS = {"pretraining": PRETRAINING, "rl": RL, "held_out": HELD_OUT}

@@ -1,16 +1,18 @@
 """Text of ARC for tiny models: words with spaces between, one token each, one word a cell.
 
-A grid is its height, its width, and its rows, each opened by its number: `h2 w3 r1 . a . r2 a a a`.
-Colours are `.` and `a` to `i`, no digits, so that learning to write numbers in a self-edit leaves
-what the model knows of grids alone. Row numbers say where a row is, whatever the width; the column
-is the distance from the row's number, which is what rotary positions see. A pair is
+A grid is its height, its width, and its cells, each with its row, column and colour, and a stroke
+at the end of a row: `h2 w3 11. 12a 13./ 21a 22a 23a/`. Tiny models learn slowly where a cell lies
+from rotary positions alone; so the word says it, and the stroke says where the next one lies. Rows
+and columns from the sixth on share a number, which keeps the words few and still lets any grid be
+written. Colours are `.` and `a` to `i`. A pair is
 `I grid O grid <eos>`: an answer ends alike whether a demonstration or a reply. `E` asks for a
 self-edit, written as JSON with a space after each token.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +20,27 @@ from seal_jax.tasks.arc.edits import ArcEdit
 from seal_jax.tasks.arc.grids import COLOURS, MAX_SIDE, Grid
 from seal_jax.tasks.arc.tasks import ArcTask, Pair
 
-CELLS = (".", *"abcdefghi")
+COLOUR_LETTERS = ".abcdefghi"
+PLACES = 6
+"""Rows, and columns, that are told apart."""
+
+
+class Cell(NamedTuple):
+    """What the word of a cell says; rows and columns count from 0."""
+
+    row: int
+    column: int
+    colour: int
+    last: bool
+
+
+CELLS = {
+    f"{row + 1}{column + 1}{COLOUR_LETTERS[colour]}{'/' * last}": Cell(row, column, colour, last)
+    for row, column in itertools.product(range(PLACES), repeat=2)
+    for colour in range(COLOURS)
+    for last in (False, True)
+}
+"""The words of cells."""
 INPUT, OUTPUT, EDIT = "I", "O", "E"
 END = "<eos>"
 """Ends a generated text too; it is a special token, so no list of words has it."""
@@ -36,19 +58,21 @@ _KEYS = (
     "train_using_output_tokens",
 )
 JSON_WORDS = ("{", "}", ":", ",", *(f'"{key}"' for key in _KEYS), "true", "false")
-SIDES = tuple(f"{letter}{n}" for letter in "hwr" for n in range(1, MAX_SIDE + 1))
-WORDS = (INPUT, OUTPUT, EDIT, *CELLS, *SIDES, *JSON_WORDS, *RATES, *EPOCHS)
+SIDES = tuple(f"{letter}{n}" for letter in "hw" for n in range(1, MAX_SIDE + 1))
+WORDS = (INPUT, OUTPUT, EDIT, *SIDES, *JSON_WORDS, *RATES, *EPOCHS, *CELLS)
 """Every word a text may have, in the order of their token ids."""
 
-_COLOUR = {word: colour for colour, word in enumerate(CELLS)}
+_WORD = {tuple(cell): word for word, cell in CELLS.items()}
 _JSON = re.compile(r'"[a-z_]*"|[{}:,]|[^\s{}:,"]+')
 
 
 def grid_words(grid: Grid) -> list[str]:
     """Returns the words of a grid."""
     words = [f"h{grid.shape[0]}", f"w{grid.shape[1]}"]
-    for number, row in enumerate(grid.tolist(), 1):
-        words += [f"r{number}", *(CELLS[cell] for cell in row)]
+    for row, line in enumerate(grid.tolist()):
+        for column, colour in enumerate(line):
+            last = column == len(line) - 1
+            words.append(_WORD[min(row, PLACES - 1), min(column, PLACES - 1), colour, last])
     return words
 
 
@@ -95,19 +119,16 @@ def parse_grid(text: object) -> Grid | None:
     if not isinstance(text, str) or len(text) > 8192:
         return None
     words = text.split()
-    if len(words) < 4:
+    if len(words) < 3:
         return None
     rows, columns = _side(words[0], "h"), _side(words[1], "w")
-    body = words[2:]
-    if not rows or not columns or len(body) != rows * (columns + 1):
+    if not rows or not columns or len(words) != 2 + rows * columns:
         return None
-    lines: list[Sequence[str]] = [
-        body[i : i + columns + 1] for i in range(0, len(body), columns + 1)
-    ]
-    for number, line in enumerate(lines, 1):
-        if line[0] != f"r{number}" or not all(word in _COLOUR for word in line[1:]):
-            return None
-    return np.array([[_COLOUR[word] for word in line[1:]] for line in lines], np.int8)
+    cells = [CELLS.get(word) for word in words[2:]]
+    if None in cells:
+        return None
+    grid = np.array([cell.colour for cell in cells if cell], np.int8).reshape(rows, columns)
+    return grid if grid_words(grid) == words else None  # every cell says its own place
 
 
 def _side(word: str, letter: str) -> int:
@@ -115,4 +136,4 @@ def _side(word: str, letter: str) -> int:
     return int(word[1:]) if word in SIDES and word.startswith(letter) else 0
 
 
-assert len(_COLOUR) == COLOURS
+assert len(COLOUR_LETTERS) == COLOURS
