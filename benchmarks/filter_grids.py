@@ -26,6 +26,7 @@ from seal_jax.tasks.arc import task as arc_task
 from seal_jax.tiny import grids, rules
 
 RESULTS = Path(__file__).parent / "results" / "filter_grids.json"
+NEW = ("rl", "held_out", "other")  # families that no pretraining sequence has
 SIZES = {"rl": grids.TRAIN_TASKS, "held_out": grids.HELD_OUT_TASKS}
 
 
@@ -37,8 +38,10 @@ class Arguments:
     """Settings of the inner loop and the answers."""
     model: str | None = None
     """Another model than the configuration's."""
-    pool: int = 16
+    pool: int = 64
     """Puzzles drawn of each family."""
+    tried: int = 10
+    """Puzzles of a family, of those that fail in-context, on which configurations are tried."""
     each: int = 6
     """Puzzles of a family after which no more of it are tried."""
     deal: bool = False
@@ -56,25 +59,25 @@ def solved(lm: LM, task: Task, contexts: list[Context], text: str, cfg: Config) 
     return found
 
 
-def find(lm: LM, cfg: Config, pool: int, each: int) -> dict[str, Any]:
+def find(lm: LM, cfg: Config, pool: int, tried: int, each: int) -> dict[str, Any]:
     """Returns, for each family, how many puzzles were right in-context, and those that are kept."""
     drawn = {}
-    for split in SIZES:
+    for split in NEW:
         drawn |= grids.puzzles(split, pool * len(rules.SPLITS[split]))
     task = arc_task.make(drawn, cfg.task, name="pool")
     contexts = list(task.contexts)
     bare = rewards.score(lm, None, task, contexts, cfg).reward
-    families = {
-        name: {"drawn": pool, "in_context": 0, "kept": []}
-        for s in SIZES
-        for name in rules.SPLITS[s]
-    }
+    names = [name for split in NEW for name in rules.SPLITS[split]]
+    families = {name: {"drawn": pool, "in_context": 0, "tried": 0, "kept": []} for name in names}
     left = []
     for context, reward in zip(contexts, bare, strict=True):
+        own = families[_family(context)]
         if reward == 1:
-            families[_family(context)]["in_context"] += 1
-        else:
+            own["in_context"] += 1
+        elif own["tried"] < tried:
+            own["tried"] += 1
             left.append(context)
+    print({name: own["in_context"] for name, own in families.items()}, flush=True)
     configurations = []
     for text in baselines.grid(cfg.task.arc.format):
         todo = [c for c in left if len(families[_family(c)]["kept"]) < each]
@@ -110,7 +113,7 @@ def main(arguments: Arguments) -> None:
         changes = [] if arguments.model is None else [f"model.path={arguments.model}"]
         cfg = config.load_config(arguments.config, changes)
         lm = checkpoint.load_model(cfg.model)
-        found = find(lm, cfg, arguments.pool, arguments.each)
+        found = find(lm, cfg, arguments.pool, arguments.tried, arguments.each)
         found |= {"command": machine.command(), "machine": machine.describe()}
         runs.write_json(arguments.results, found)
     for name, own in found["families"].items():

@@ -1,6 +1,7 @@
 """Families of grid rules. A family draws a rule; a rule turns an input into its output.
 
-Families are dealt to pretraining, RL and evaluation; none is in two of them.
+Families are dealt to pretraining, RL and evaluation; none is in two of them. Which of the new ones
+can be learned from, and are not known already, `benchmarks/filter_grids.py` says.
 """
 
 from collections.abc import Callable
@@ -171,6 +172,40 @@ def _keep_row(rng, shape, palette) -> Rule:
     return lambda grid: np.where(np.arange(len(grid))[:, None] == kept, grid, 0)
 
 
+def _antidiagonal(rng, shape, palette) -> Rule:
+    return _painted(lambda h, w: np.eye(h, w, dtype=bool)[:, ::-1], int(rng.integers(1, 10)))
+
+
+def _saltire(rng, shape, palette) -> Rule:
+    def where(h: int, w: int) -> np.ndarray:
+        one = np.eye(h, w, dtype=bool)
+        return one | one[:, ::-1]
+
+    return _painted(where, int(rng.integers(1, 10)))
+
+
+def _keep_column(rng, shape, palette) -> Rule:
+    kept = int(rng.integers(shape[1]))
+    return lambda grid: np.where(np.arange(grid.shape[1]) == kept, grid, 0)
+
+
+def _keep_edge(rng, shape, palette) -> Rule:
+    colour = int(rng.integers(1, 10))
+    return lambda grid: np.where(_edge(*grid.shape), np.where(grid == 0, colour, grid), 0)
+
+
+def _half(rng, shape, palette) -> Rule:
+    def where(h: int, w: int) -> np.ndarray:
+        return np.add.outer(np.arange(h), np.arange(w)) < (h + w) // 2 - 1
+
+    return _painted(where, int(rng.integers(1, 10)))
+
+
+def _recolour_row(rng, shape, palette) -> Rule:
+    row, new = int(rng.integers(shape[0])), _swap(rng, shape, palette)
+    return lambda grid: np.where(np.arange(len(grid))[:, None] == row, new(grid), grid)
+
+
 def _lines(rng, shape, palette) -> Rule:
     axis = int(rng.integers(2))
     return lambda grid: np.where(grid == 0, grid.max(axis, keepdims=True), grid)
@@ -270,22 +305,31 @@ PRETRAINING: dict[str, Family] = {
     "upscale": Family(_upscale),
 }
 RL: dict[str, Family] = {
-    "without": Family(_without),
     "inside": Family(_inside),
+    "last_row": Family(_last_row),
+    "keep_edge": Family(_keep_edge),
+}
+HELD_OUT: dict[str, Family] = {
+    "overlay": Family(_overlay, black=True),
+    "copy_column": Family(_copy_column),
+    "keep_row": Family(_keep_row, fixed=True),
+    "keep_column": Family(_keep_column, fixed=True),
+    "recolour_row": Family(_recolour_row, fixed=True),
+}
+OTHER: dict[str, Family] = {
+    "without": Family(_without),
     "shift": Family(_shift),
     "double_rows": Family(_double_rows),
     "corners": Family(_corners),
-    "last_row": Family(_last_row),
-}
-HELD_OUT: dict[str, Family] = {
+    "antidiagonal": Family(_antidiagonal),
     "antitranspose": Family(_antitranspose),
     "invert": Family(_invert, black=True),
     "diagonal": Family(_diagonal),
     "bar": Family(_bar, fixed=True),
-    "overlay": Family(_overlay, black=True),
     "columns": Family(_columns, fixed=True),
-    "copy_column": Family(_copy_column),
     "cross": Family(_cross),
-    "keep_row": Family(_keep_row, fixed=True),
+    "saltire": Family(_saltire),
+    "half": Family(_half),
 }
-SPLITS = {"pretraining": PRETRAINING, "rl": RL, "held_out": HELD_OUT}
+"""New to the model too, but it solves nearly all of a family in-context, or nothing teaches it."""
+SPLITS = {"pretraining": PRETRAINING, "rl": RL, "held_out": HELD_OUT, "other": OTHER}

@@ -10,8 +10,8 @@ from seal_jax.tasks.arc.edits import ArcEdit
 RANDOM = 5
 """Random self-edits for each context."""
 _STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
-_GRID_RATES = {"compact": (1e-3, 3e-3, 5e-3, 1e-2), "llama": (5e-5, 1e-4, 2e-4, 5e-4)}
-_GRID_EPOCHS = (1, 2)
+_GRID_RATES = {"compact": (1e-2, 3e-3), "llama": (2e-4, 1e-4)}
+_GRID_EPOCHS = {False: (8, 4), True: (2, 1)}  # with augmentations an epoch is longer
 
 
 def written(edit: ArcEdit, form: str) -> str:
@@ -28,10 +28,11 @@ def fixed(form: str) -> str:
 def grid(form: str) -> list[str]:
     """Returns a grid of configurations; the best of them for each puzzle is an oracle's choice."""
     return [
-        written(edits.make(basic=True, strategy=strategy, learning_rate=rate, epochs=epochs), form)
-        for rate, strategy, epochs in itertools.product(
-            _GRID_RATES[form], _STRATEGIES, _GRID_EPOCHS
+        written(edits.make(basic=basic, strategy=strategy, learning_rate=rate, epochs=epochs), form)
+        for strategy, rate, basic in itertools.product(
+            reversed(_STRATEGIES), _GRID_RATES[form], (False, True)
         )
+        for epochs in _GRID_EPOCHS[basic]
     ]
 
 
