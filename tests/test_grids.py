@@ -55,8 +55,8 @@ def test_rules_do_what_their_names_say():
     grid = np.array([[1, 0, 2], [0, 1, 0], [2, 2, 0]], np.int8)
     draw, palette = np.random.default_rng(0), [0, 1, 2]
 
-    def images(name, split="pretraining"):
-        family = rules.SPLITS[split][name]
+    def images(name):
+        family = next(group[name] for group in rules.SPLITS.values() if name in group)
         made = (family.draw(draw, grid.shape, palette)(grid) for _ in range(60))
         return {tuple(map(tuple, image.tolist())) for image in made}
 
@@ -66,15 +66,15 @@ def test_rules_do_what_their_names_say():
         ((1, 2, 0), (1, 0, 0), (2, 2, 0)),
         ((0, 1, 2), (0, 0, 1), (0, 2, 2)),
     }
-    assert images("shift", "rl") == {
+    assert images("shift") == {
         ((0, 0, 0), (1, 0, 2), (0, 1, 0)),
         ((0, 1, 0), (2, 2, 0), (0, 0, 0)),
         ((0, 1, 0), (0, 0, 1), (0, 2, 2)),
         ((0, 2, 0), (1, 0, 0), (2, 0, 0)),
     }
-    assert images("antitranspose", "held_out") == {((0, 0, 2), (2, 1, 0), (2, 0, 1))}
-    assert images("copy_column", "held_out") == {((2, 2, 2), (0, 0, 0), (0, 0, 0))}
-    assert images("overlay", "held_out") == {
+    assert images("antitranspose") == {((0, 0, 2), (2, 1, 0), (2, 0, 1))}
+    assert images("copy_column") == {((2, 2, 2), (0, 0, 0), (0, 0, 0))}
+    assert images("overlay") == {
         ((1, 2, 2), (0, 1, 0), (2, 2, 2)),
         ((1, 0, 2), (0, 1, 0), (2, 2, 2)),
     }
@@ -82,6 +82,13 @@ def test_rules_do_what_their_names_say():
         ((1, 0, 1), (0, 1, 0), (2, 2, 2)),
         ((1, 0, 2), (0, 1, 0), (1, 0, 2)),
     }
+    assert images("recolour_row") >= {((2, 0, 1), (0, 1, 0), (2, 2, 0))}
+    assert images("keep_column") == {
+        ((1, 0, 0), (0, 0, 0), (2, 0, 0)),
+        ((0, 0, 0), (0, 1, 0), (0, 2, 0)),
+        ((0, 0, 2), (0, 0, 0), (0, 0, 0)),
+    }
+    assert images("last_row") == {((2, 2, 0),) * 3}
 
 
 def test_held_out_tasks_are_many_balanced_and_new():
