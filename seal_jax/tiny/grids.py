@@ -23,7 +23,7 @@ from seal_jax.tiny import grid_tokens, rules
 from seal_jax.tiny.rules import Family, Rng
 
 DEMONSTRATIONS = 3
-TRAIN_TASKS, HELD_OUT_TASKS = 18, 30
+TRAIN_TASKS, HELD_OUT_TASKS = 18, 25
 FILTERED = Path(__file__).parent / "grid_tasks.json"
 OUTPUT_WEIGHT, FIRST_OUTPUT_WEIGHT, INPUT_WEIGHT, EDIT_WEIGHT = 1.0, 0.3, 0.05, 0.5
 """Weights in the loss of pretraining; nothing tells the first output, so it counts less."""
