@@ -254,6 +254,16 @@ class Distributed:
 
 
 @dataclass(frozen=True)
+class Compiler:
+    """Flags of XLA, in force from the start of the process on."""
+
+    xla_flags: tuple[str, ...] = ()
+    """Such as --xla_gpu_enable_latency_hiding_scheduler=true; added to XLA_FLAGS."""
+    libtpu_flags: tuple[str, ...] = ()
+    """Such as --xla_tpu_scoped_vmem_limit_kib=32768; added to LIBTPU_INIT_ARGS."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -269,6 +279,7 @@ class Config:
     evaluation: Evaluation = Evaluation()
     mesh: Mesh = Mesh()
     distributed: Distributed = Distributed()
+    compiler: Compiler = Compiler()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(default=())
     """Where scalars go besides metrics.jsonl."""
 

@@ -18,6 +18,7 @@ from seal_jax import (
     progress,
     rewards,
     runs,
+    runtime,
     sampling,
     sharding,
     stats,
@@ -53,6 +54,7 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
     Raises:
       SealError: for settings that do not fit, before anything is computed.
     """
+    runtime.set_flags(cfg.compiler)
     with multihost.together(cfg.distributed):
         return _run(cfg, folder)
 

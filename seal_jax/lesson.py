@@ -16,6 +16,7 @@ from seal_jax import (
     outer,
     peft,
     rewards,
+    runtime,
     sampling,
     sharding,
 )
@@ -52,6 +53,7 @@ def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> 
     Raises:
       SealError: for unreadable files, before the model is loaded.
     """
+    runtime.set_flags(cfg.compiler)
     with multihost.together(cfg.distributed):
         return _teach(cfg, passage, out)
 

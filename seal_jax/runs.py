@@ -18,7 +18,8 @@ from seal_jax import files, multihost
 from seal_jax.errors import SealError
 
 Record = dict[str, Any]
-_MACHINE = ("mesh", "distributed")  # settings that change no record: a run may go on with others
+# Settings that change no record: a run may go on with others.
+_MACHINE = ("mesh", "distributed", "compiler")
 
 
 def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:

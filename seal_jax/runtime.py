@@ -1,9 +1,13 @@
-"""The process: where compiled programs are kept between runs."""
+"""The process: flags of the compiler, and where compiled programs are kept between runs."""
 
 import os
 from pathlib import Path
 
 import jax
+from jax._src import xla_bridge  # nothing public says whether JAX has started
+
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
 
 
 def keep_compiled() -> None:
@@ -26,3 +30,21 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def set_flags(settings: config_lib.Compiler) -> None:
+    """Adds the configured flags to those of the environment.
+
+    Raises:
+      SealError: where JAX has read the environment already, as in a notebook that used it before.
+    """
+    for name in ("xla_flags", "libtpu_flags"):
+        variable = {"xla_flags": "XLA_FLAGS", "libtpu_flags": "LIBTPU_INIT_ARGS"}[name]
+        present = os.environ.get(variable, "").split()
+        missing = [flag for flag in getattr(settings, name) if flag not in present]
+        if missing and xla_bridge.backends_are_initialized():
+            raise SealError(
+                f"compiler.{name}: JAX has started already; set {variable} before it does"
+            )
+        if missing:
+            os.environ[variable] = " ".join([*present, *missing])

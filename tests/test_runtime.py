@@ -1,0 +1,37 @@
+"""Flags of the compiler come from the configuration, in time or not at all."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from seal_jax import config, runtime
+from seal_jax.errors import SealError
+
+SCRIPT = """
+from seal_jax import config, runtime
+cfg = config.load_config(None, ["compiler.xla_flags=[--xla_force_host_platform_device_count=3]"])
+runtime.set_flags(cfg.compiler)
+runtime.set_flags(cfg.compiler)  # no flag twice
+import jax, os
+print(len(jax.devices()), os.environ["XLA_FLAGS"])
+"""
+
+
+def test_flags_are_added_before_jax_starts():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    flags = "--xla_cpu_enable_fast_math=false --xla_force_host_platform_device_count=3"
+    assert done.stdout.split("\n")[-2] == f"3 {flags}"
+
+
+def test_flags_that_come_too_late_are_refused(monkeypatch):
+    jax.devices()
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    runtime.set_flags(config.Compiler())
+    with pytest.raises(SealError, match="compiler.libtpu_flags: JAX has started already"):
+        runtime.set_flags(config.Compiler(libtpu_flags=("--xla_tpu_x=1",)))
+    assert "LIBTPU_INIT_ARGS" not in os.environ
