@@ -16,7 +16,7 @@ from seal_jax.errors import SelfEditError
 from seal_jax.tasks import arc
 from seal_jax.tasks.arc import compact, tasks
 from seal_jax.tasks.registry import load_task
-from seal_jax.tiny import grid_tokens, grids, rules
+from seal_jax.tiny import grid_tokens, grids, pretrain, rules
 
 FAMILIES = [(split, name) for split, group in rules.SPLITS.items() for name in group]
 
@@ -200,3 +200,15 @@ def test_the_built_in_model_writes_self_edits_that_the_real_parser_takes():
             pass
     assert len(found) > 0.8 * len(written)  # 6% malformed in pretraining
     assert len(set(found)) > 0.9 * len(found)  # no configuration is preferred before RL
+
+
+def test_cells_are_trained_in_parts_that_tell_all_words_apart():
+    parts_vp = pretrain.word_parts()
+    assert parts_vp.shape[0] == len(grid_tokens.VOCABULARY)
+    np.testing.assert_allclose((parts_vp**2).sum(1), 1.0, rtol=1e-6)
+    assert len({row.tobytes() for row in parts_vp}) == len(parts_vp)
+    shared = lambda a, b: int(
+        ((parts_vp[grid_tokens.IDS[a]] * parts_vp[grid_tokens.IDS[b]]) > 0).sum()
+    )
+    assert shared("12a", "12b") == 4 and shared("12a", "13a") == 3  # all but colour; row, colour
+    assert shared("13a/", "13a") == 3 and shared("12a", "I") == 0  # another cell comes next
