@@ -214,7 +214,9 @@ def run(
 
     Returns before the device is done.
     """
-    params, state = _apart(params), _start(adapters)
+    if model.few_layers(params.config):  # of many layers nothing may be copied
+        params = _apart(params)
+    state = _start(adapters)
     nothing = np.full((len(lanes.total_c), lanes.room), np.nan, np.float32)
     losses = jax.device_put(nothing)
     for visit in lanes.visits:

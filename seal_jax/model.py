@@ -82,6 +82,11 @@ def _factors(adapter: Adapter | None) -> tuple[dict[str, tuple[jax.Array, jax.Ar
     return {name: (adapter.a[name], adapter.b[name]) for name in adapter.a}, adapter.scale
 
 
+def few_layers(config: ModelConfig) -> bool:
+    """Returns whether `layers_apart` takes a model's layers apart."""
+    return config.n_layers <= _UNROLLED_LAYERS
+
+
 def layers_apart(params: Params) -> Params:
     """Returns the weights of a model of few layers with a list of arrays for each stacked array.
 
@@ -89,7 +94,7 @@ def layers_apart(params: Params) -> Params:
     Models of many layers stay as they are, for `lax.scan`, and so do weights on a mesh.
     """
     stacked = all(isinstance(x, jax.Array) for x in params.layers.values())
-    if not stacked or params.config.n_layers > _UNROLLED_LAYERS or sharding.current() is not None:
+    if not stacked or not few_layers(params.config) or sharding.current() is not None:
         return params
     apart = {name: list(weight) for name, weight in params.layers.items()}
     return params.replace(layers=apart)

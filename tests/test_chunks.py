@@ -1,4 +1,4 @@
-"""The chunk that is chosen fits, by the compiler's word, and the next larger one does not."""
+"""The chunk is the largest that fits: given what counts need, and by the compiler's own word."""
 
 import toys
 
@@ -37,7 +37,7 @@ def test_a_count_that_does_not_fit_after_all_gives_way_to_a_smaller_one():
     assert chunks.largest(lambda n: 10, 500, (1,)) == 1
 
 
-def test_the_chunk_fits_and_the_next_one_does_not():
+def test_more_memory_takes_larger_chunks_up_to_all_candidates():
     weights = toys.params(CONFIG)
     made = batch()
 
