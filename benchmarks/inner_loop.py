@@ -21,7 +21,7 @@ import numpy as np
 import peers
 import workload
 
-from seal_jax import batching, inner, lanes, lora
+from seal_jax import batching, inner, lanes, lora, streams
 from seal_jax.batching import Batch
 from seal_jax.config import ALL_TARGETS, Inner, Lora
 from seal_jax.slots import Chunk
@@ -134,7 +134,8 @@ def ours(work, batch: Batch, own: Lora, size: int, repeats: int) -> dict[str, An
     chunks = list(inner.arrange(params, Batch(batch.candidates, settings, batch.eos_id), KEY))
 
     def all_chunks() -> Any:
-        return [inner.adapt_chunk(params, batch, chunk, KEY, own) for chunk in chunks]
+        work = lambda chunk: machine.wait(inner.adapt_chunk(params, batch, chunk, KEY, own))
+        return list(streams.ordered(work, chunks))
 
     with tempfile.TemporaryDirectory() as folder, _cache(folder):
         cold, _ = timed_compile(all_chunks)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, lanes, lora, optim, sharding
+from seal_jax import batching, lanes, lora, optim, sharding, streams
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch
@@ -194,8 +194,13 @@ def adapt_many(
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
     """
     adapters, losses, places, most = [], [], [], 0
-    for chunk in arrange(params, batch, key):
+
+    def work(chunk: slots_lib.Chunk) -> tuple[slots_lib.Chunk, Adapter, jax.Array]:
         some, loss = adapt_chunk(params, batch, chunk, key, cfg.lora)
+        jax.block_until_ready((some, loss))
+        return chunk, some, loss
+
+    for chunk, some, loss in streams.ordered(work, arrange(params, batch, key)):
         real = np.flatnonzero(chunk.index >= 0)
         adapters.append(lora.take(some, real))
         losses.append(sharding.fetch(loss)[real])

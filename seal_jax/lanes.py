@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
-from seal_jax import model, optim
+from seal_jax import model, optim, streams
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch, Text, steps_of
 from seal_jax.lora import Adapter
@@ -221,5 +221,7 @@ def run(
     losses = jax.device_put(nothing)
     for visit in lanes.visits:
         work = jax.device_put(_work(lanes, visit))
-        state, losses = advance(params, state, losses, work, settings=settings, remat=remat)
+        size = (visit.width, visit.rows, visit.t, losses.shape, settings, params.config)
+        with streams.first_call(size):
+            state, losses = advance(params, state, losses, work, settings=settings, remat=remat)
     return state.trained, losses

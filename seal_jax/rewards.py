@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, chunks, inner, multihost, sampling, sharding
+from seal_jax import batching, chunks, inner, multihost, sampling, sharding, streams
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -205,20 +205,25 @@ def evaluate(
     settings = chunks.choose(lm.params, batch, cfg)
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])
-    for chunk in inner.arrange(lm.params, batch, key):
-        places = [int(i) for i in chunk.index if i >= 0]
-        if done(places):
-            continue
+    def work(chunk: slots_lib.Chunk) -> tuple[slots_lib.Chunk, list[list[str]], np.ndarray]:
         adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
-        contexts = [edits[i].context for i in places]
+        contexts = [edits[i].context for i in _places(chunk)]
         answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
-        losses = sharding.fetch(losses)
+        return chunk, answers, sharding.fetch(losses)
+
+    todo = (c for c in inner.arrange(lm.params, batch, key) if not done(_places(c)))
+    for chunk, answers, losses in streams.ordered(work, todo):
         steps = np.asarray(chunk.slots.total_c)
         outcomes = [
             _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i], cfg)
-            for j, i in enumerate(places)
+            for j, i in enumerate(_places(chunk))
         ]
         yield outcomes, Efficiency().plus(chunk)
+
+
+def _places(chunk: slots_lib.Chunk) -> list[int]:
+    """Returns the places in the batch of a chunk's candidates, fillers left out."""
+    return [int(i) for i in chunk.index if i >= 0]
 
 
 def _outcome(task, edit, place, answers, losses, candidate, cfg) -> Outcome:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import decoding, lora, sharding
+from seal_jax import decoding, lora, sharding, streams
 from seal_jax import grammar as grammar_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
@@ -95,7 +95,8 @@ def decode(
     settings = sharding.share(settings, mesh)
     for tile in _tiles(prompts, rows_at_once, own, parts):
         arrays = sharding.share_out(_arrays(tile, prompts, ids, t), mesh)
-        with sharding.use(mesh):
+        shape = (*arrays[0].shape, samples, room, bool(temperature), own, lm.config)
+        with sharding.use(mesh), streams.first_call(shape):
             made = decoding.run(
                 lm.params if lm.reader is None else lm.reader,
                 _take(adapters, tile, parts, lm.config) if own else adapters,

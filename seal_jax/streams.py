@@ -1,0 +1,75 @@
+"""Chunks of candidates side by side: the host grades one while the device works on the next.
+
+A CPU works on several chunks at once: the products of a small model keep only one core busy.
+Results come in the order of the chunks, whoever is done first.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import jax
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_MOST = 4
+
+_guard = threading.Lock()
+_first_calls: dict[Hashable, Any] = {}
+
+
+def count() -> int:
+    """Returns how many chunks are worked on at once: on a CPU one a core, elsewhere 1.
+
+    0 where several processes must dispatch the same programs in the same order.
+    """
+    if jax.process_count() > 1:
+        return 0
+    if jax.default_backend() != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, _MOST))
+
+
+def ordered(
+    work: Callable[[Item], Result], items: Iterable[Item], streams: int | None = None
+) -> Iterator[Result]:
+    """Yields `work` of each item, in order; it runs ahead of the consumer by `streams` items.
+
+    Args:
+      work: Runs in threads of its own, except with 0 streams.
+      streams: Items worked on at once; `count()` by default.
+    """
+    streams = count() if streams is None else streams
+    if not streams:
+        yield from map(work, items)
+        return
+    waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(streams) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > streams:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # the consumer may have stopped, or an item failed
+            for future in waiting:
+                future.cancel()
+
+
+@contextlib.contextmanager
+def first_call(program: Hashable) -> Iterator[None]:
+    """Lets one thread make the first call of a program alone, so that none is compiled twice."""
+    with _guard:
+        own = _first_calls.setdefault(program, threading.Lock())
+    if own is None:
+        yield
+        return
+    with own:
+        yield
+    _first_calls[program] = None
