@@ -21,7 +21,7 @@ import peers
 import workload
 
 from seal_jax import inner, lora, sampling
-from seal_jax.config import Lora
+from seal_jax.config import Lora, Mesh
 
 KEY = jax.random.key(0)
 _OWN = Lora(rank=32, alpha=64.0, targets=("q", "v"))
@@ -91,6 +91,7 @@ def main() -> None:
 
 def ours(lm, prompts: list[list[list[int]]], args, adapters=None, n: int = 1) -> dict[str, Any]:
     """Returns tokens a second and seconds of compiling; and the tokens, under `found`."""
+    lm = sampling.ready(lm, Mesh())  # as the stages of a run do
 
     def work() -> Any:
         how = {"temperature": 1.0, "key": KEY} if n > 1 else {}

@@ -32,7 +32,7 @@ _READ_AT_ONCE = 1 << 22  # numbers
 class LM(NamedTuple):
     """A language model: weights, tokenizer, architecture, and the folder it came from.
 
-    `reader` is a copy of the weights laid out over devices for generation, while there is one.
+    `reader` is a copy of the weights laid out for generation, while there is one.
     """
 
     params: Params

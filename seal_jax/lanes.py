@@ -204,7 +204,6 @@ def advance(
 
 
 _start = jax.jit(jax.vmap(optim.init))
-_apart = jax.jit(model.layers_apart)
 
 
 def run(
@@ -215,7 +214,7 @@ def run(
     Returns before the device is done.
     """
     if model.few_layers(params.config):  # of many layers nothing may be copied
-        params = _apart(params)
+        params = model.apart(params)
     state = _start(adapters)
     nothing = np.full((len(lanes.total_c), lanes.room), np.nan, np.float32)
     losses = jax.device_put(nothing)

@@ -85,9 +85,14 @@ def project(
     """Returns x·(weight + scale·a·b) + bias without ever forming the sum, in x's dtype."""
     y = x @ weight.astype(x.dtype)
     if factors is not None:
-        a, b = factors
-        y += scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+        y += change(x, factors, scale)
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def change(x: jax.Array, factors: tuple[jax.Array, jax.Array], scale: float) -> jax.Array:
+    """Returns x·(scale·a·b), what an adapter adds to a projection of x, in x's dtype."""
+    a, b = factors
+    return scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
 
 
 def merge(params: "Params", adapter: Adapter, cfg: object = None) -> "Params":

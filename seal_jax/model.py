@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from seal_jax import attention, lora, sharding
+from seal_jax import attention, dims, lora, sharding
 from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, table
 
@@ -43,7 +43,8 @@ def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Ar
         inverse = inverse * (smooth + (1 - smooth) / s.factor)
     angles = positions[..., None].astype(jnp.float32) * inverse.astype(np.float32)
     angles = jnp.concatenate([angles, angles], -1)
-    return jnp.cos(angles), jnp.sin(angles)
+    # Else each layer computes them again: they would be fused into what uses them.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -54,23 +55,34 @@ def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
-def _layer(x_btd, weights, factors, scale, config, rope, attend):
-    """Returns the residual stream after one layer; `attend(q, k, v)` is the caller's attention."""
+def _layer(x_btd, weights, factors, scale, config, rope, attend, pick=lambda x: x):
+    """Returns the residual stream after one layer.
+
+    Args:
+      attend: The caller's attention, a function of q, k and v.
+      pick: Takes the positions that go on from here, of all that are seen.
+    """
 
     def project(name: str, x: jax.Array) -> jax.Array:
         return lora.project(x, weights[name], weights.get(f"{name}_bias"), factors.get(name), scale)
 
-    def heads(name: str, x: jax.Array) -> jax.Array:
-        y = project(name, x)
-        return y.reshape(*y.shape[:-1], -1, config.d_head)
+    def project_qkv(x: jax.Array) -> list[jax.Array]:
+        if "qkv" not in weights:
+            return [project(name, x) for name in "qkv"]
+        y = lora.project(x, weights["qkv"], weights.get("qkv_bias"))
+        ends = np.cumsum([dims.sizes(config)[lora.PROJECTIONS[name][1]] for name in "qk"])
+        return [
+            part + lora.change(x, factors[name], scale) if name in factors else part
+            for name, part in zip("qkv", jnp.split(y, ends, axis=-1), strict=True)
+        ]
 
     y = rms_norm(x_btd, weights["attention_norm"], config.rms_eps)
-    q, k, v = heads("q", y), heads("k", y), heads("v", y)
+    q, k, v = (x.reshape(*x.shape[:-1], -1, config.d_head) for x in project_qkv(y))
     if config.qk_norm:
         q = rms_norm(q, weights["q_norm"], config.rms_eps)
         k = rms_norm(k, weights["k_norm"], config.rms_eps)
-    mixed = attend(_rotate(q, rope), _rotate(k, rope), v)
-    x_btd = x_btd + project("o", mixed.reshape(*mixed.shape[:-2], -1))
+    mixed = attend(_rotate(pick(q), tuple(map(pick, rope))), _rotate(k, rope), v)
+    x_btd = pick(x_btd) + project("o", mixed.reshape(*mixed.shape[:-2], -1))
     y = rms_norm(x_btd, weights["mlp_norm"], config.rms_eps)
     return x_btd + project("down", jax.nn.silu(project("gate", y)) * project("up", y))
 
@@ -88,22 +100,34 @@ def few_layers(config: ModelConfig) -> bool:
 
 
 def layers_apart(params: Params) -> Params:
-    """Returns the weights of a model of few layers with a list of arrays for each stacked array.
+    """Returns the weights of a model of few layers as programs that run often want them.
 
-    A slice of a stacked array is a copy, and a program that runs often would make it every time.
+    A list of arrays for each stacked array, since a slice of it is a copy, made every time; q, k
+    and v as one matrix; the head in two parts, which two cores of a CPU take at the same time.
     Models of many layers stay as they are, for `lax.scan`, and so do weights on a mesh.
     """
     stacked = all(isinstance(x, jax.Array) for x in params.layers.values())
     if not stacked or not few_layers(params.config) or sharding.current() is not None:
         return params
-    apart = {name: list(weight) for name, weight in params.layers.items()}
-    return params.replace(layers=apart)
+    layers = dict(params.layers)
+    layers["qkv"] = jnp.concatenate([layers.pop(name) for name in "qkv"], -1)
+    if "q_bias" in layers:
+        layers["qkv_bias"] = jnp.concatenate([layers.pop(f"{name}_bias") for name in "qkv"], -1)
+    head = params.embed.T if params.head is None else params.head
+    parts = [jax.lax.optimization_barrier(part) for part in jnp.array_split(head, 2, axis=1)]
+    return params.replace(layers={name: list(x) for name, x in layers.items()}, head=parts)
 
 
-def _over_layers(body, carry, inputs):
+apart = jax.jit(layers_apart)
+
+
+def _over_layers(body, carry, inputs, last=None):
     """Returns `lax.scan` of a body over stacked inputs; where they are lists, a loop, unrolled.
 
     What the body returns for each layer is stacked, or a list, accordingly.
+
+    Args:
+      last: Takes the last layer of a loop, instead of the body.
     """
     weights = next(iter(inputs[0].values()))
     if not isinstance(weights, list):
@@ -113,7 +137,8 @@ def _over_layers(body, carry, inputs):
     returned = []
     for layer in range(len(weights)):
         own = jax.tree.map(operator.itemgetter(layer), inputs, is_leaf=apart)
-        carry, out = body(carry, own)
+        final = last is not None and layer == len(weights) - 1
+        carry, out = (last if final else body)(carry, own)
         returned.append(out)
     return carry, tuple(map(list, zip(*returned, strict=True)))
 
@@ -134,6 +159,7 @@ def hidden(
     segments_bt: jax.Array | None = None,
     remat: bool = False,
     keep_keys: bool = False,
+    only_b: jax.Array | None = None,
 ):
     """Returns the final normalised activations [b, t, d] (and keys and values, if kept).
 
@@ -143,6 +169,8 @@ def hidden(
         it sees text n and nothing sees it. Without segments a row is one text.
       remat: Recompute each layer's activations in the backward pass.
       keep_keys: Also return keys [l, b, k, h, t] and values [l, b, k, t, h], for a cache.
+      only_b: The one position of each row whose activations are returned, [b, 1, d]; not with
+        segments.
     """
     config = params.config
     t = tokens_bt.shape[1]
@@ -155,24 +183,37 @@ def hidden(
     rope = rotary(positions, config)
     factors, scale = _factors(adapter)
 
-    def body(x_btd, inputs):
+    def pick(x: jax.Array) -> jax.Array:
+        if only_b is None or x.shape[1] == 1:
+            return x
+        x = jnp.broadcast_to(x, (len(only_b), *x.shape[1:]))
+        at = jnp.expand_dims(only_b, tuple(range(1, x.ndim)))
+        return jnp.take_along_axis(x, at, axis=1)
+
+    def body(x_btd, inputs, last: bool = False):
         weights, layer_factors = inputs
         kept = []
 
         def attend(q, k, v):
             kept.extend([k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)] if keep_keys else [])
+            if last:
+                return attention.attend(q, k, v, pick(mask))
             # Keys are kept to generate from, where nothing is differentiated.
             own = {"recomputed": remat or keep_keys}
             return attention.attend_rows(q, k, v, mask, segments_bt, **own)
 
         x_btd = sharding.constrain(x_btd, "btd", config)
-        x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend)
+        some = {"pick": pick} if last else {}
+        x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend, **some)
         return x_btd, tuple(kept)
 
+    # Of the last layer the other positions are needed as keys and values alone.
+    last = None if only_b is None else functools.partial(body, last=True)
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
     x_btd = params.embed[tokens_bt]
-    x_btd, kept = _over_layers(body, x_btd, (params.layers, factors))
+    x_btd, kept = _over_layers(body, x_btd, (params.layers, factors), last)
+    x_btd = pick(x_btd)
     x_btd = rms_norm(x_btd, params.norm, config.rms_eps)
     return (x_btd, kept) if keep_keys else x_btd
 
@@ -180,7 +221,9 @@ def hidden(
 def unembed(params: Params, x: jax.Array) -> jax.Array:
     """Returns logits [..., v], float32."""
     head = params.embed.T if params.head is None else params.head
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    parts = head if isinstance(head, list) else [head]
+    product = lambda part: jnp.matmul(x, part.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.concatenate(list(map(product, parts)), -1) if len(parts) > 1 else product(head)
 
 
 def forward(
@@ -244,8 +287,7 @@ def prefill(
       samples: Sequences to generate from each prompt (static).
       room: Tokens to generate at most (static).
     """
-    x_btd, (k, v) = hidden(params, adapter, tokens_bt, keep_keys=True)
-    last_bd = jnp.take_along_axis(x_btd, (length_b - 1)[:, None, None], axis=1)[:, 0]
+    x_b1d, (k, v) = hidden(params, adapter, tokens_bt, keep_keys=True, only_b=length_b - 1)
 
     def empty(kept: jax.Array, axis: int) -> jax.Array:
         *layers, b, heads, _, _ = shape = kept.shape
@@ -256,7 +298,7 @@ def prefill(
     suffix_k = jax.tree.map(lambda x: empty(x, 1), k)
     suffix_v = jax.tree.map(lambda x: empty(x, 0), v)
     cache = Cache(k, v, suffix_k, suffix_v, length_b, jnp.zeros((), jnp.int32))
-    return unembed(params, last_bd), cache
+    return unembed(params, x_b1d[:, 0]), cache
 
 
 def decode_step(

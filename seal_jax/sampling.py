@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import decoding, lora, sharding, streams
+from seal_jax import decoding, lora, model, sharding, streams
 from seal_jax import grammar as grammar_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
@@ -121,8 +121,11 @@ def decode(
 def ready(lm: LM, settings: config_lib.Mesh) -> LM:
     """Returns the model with a copy of its weights laid out for generation, where that pays."""
     mesh = sharding.of(lm.params)
-    if mesh is None or lm.reader is not None:
+    if lm.reader is not None:
         return lm
+    if mesh is None:
+        few = model.few_layers(lm.config)
+        return lm._replace(reader=model.apart(lm.params)) if few else lm
     itemsize = lm.params.embed.dtype.itemsize
     layout = sharding.decode_layout(lm.config, settings, mesh, itemsize)
     if layout == "fsdp":
