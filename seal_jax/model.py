@@ -31,8 +31,19 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (weight * x32.astype(x.dtype)).astype(x.dtype)
 
 
-def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines of the rotary angles, float32, positions' shape plus [h]."""
+# Up to so many numbers the cosines (and the sines) of all positions are constants of a program.
+_ROTARY_TABLE = 1 << 17
+
+
+def rotary(
+    positions: jax.Array, config: ModelConfig, bound: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns cosines and sines of the rotary angles, float32, positions' shape plus [h].
+
+    Args:
+      bound: All positions are below it (static). With a low one they are looked up: computed where
+        they are used, XLA computes them anew in every layer, and on a CPU that takes long.
+    """
     half = np.arange(0, config.d_head, 2, dtype=np.float64) / config.d_head
     inverse = config.rope_theta**-half
     if config.rope_scaling:
@@ -41,10 +52,12 @@ def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Ar
         smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
         smooth = np.clip(smooth, 0.0, 1.0)
         inverse = inverse * (smooth + (1 - smooth) / s.factor)
-    angles = positions[..., None].astype(jnp.float32) * inverse.astype(np.float32)
-    angles = jnp.concatenate([angles, angles], -1)
-    # Else each layer computes them again: they would be fused into what uses them.
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+    inverse = np.concatenate([inverse, inverse]).astype(np.float32)
+    if bound and bound * config.d_head <= _ROTARY_TABLE:
+        angles = np.arange(bound, dtype=np.float32)[:, None] * inverse
+        return jnp.asarray(np.cos(angles))[positions], jnp.asarray(np.sin(angles))[positions]
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -180,7 +193,7 @@ def hidden(
     else:
         mask = causal[None] & (jnp.abs(segments_bt)[:, :, None] == segments_bt[:, None, :])
         positions = segment_positions(segments_bt)
-    rope = rotary(positions, config)
+    rope = rotary(positions, config, t)
     factors, scale = _factors(adapter)
 
     def pick(x: jax.Array) -> jax.Array:
@@ -307,7 +320,8 @@ def decode_step(
     """Returns logits [b, q, v] after one more token of each sequence, and the grown cache."""
     config = params.config
     positions = jnp.broadcast_to((cache.length_b + cache.step)[:, None], token_bq.shape)
-    rope = rotary(positions, config)
+    prefix = jax.tree.leaves(cache.prefix_k)[0].shape[-1]
+    rope = rotary(positions, config, prefix + jax.tree.leaves(cache.suffix_k)[0].shape[-1])
     factors, scale = _factors(adapter)
 
     def body(x_bqd, inputs):
