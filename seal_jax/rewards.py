@@ -205,6 +205,7 @@ def evaluate(
     settings = chunks.choose(lm.params, batch, cfg)
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])
+
     def work(chunk: slots_lib.Chunk) -> tuple[slots_lib.Chunk, list[list[str]], np.ndarray]:
         adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
         contexts = [edits[i].context for i in _places(chunk)]

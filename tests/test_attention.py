@@ -55,6 +55,26 @@ def test_the_kernel_is_the_plain_form_in_values_and_gradients(segments):
         np.testing.assert_allclose(got, expected, atol=2e-5, err_msg=f"gradient of {name}")
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_gradient_is_the_one_that_jax_derives(k):
+    q, key, v, weight = inputs(len(PACKED), k=k, h=16)
+    mask = mask_of(np.array([PACKED, LONG]), len(PACKED))
+
+    def written_out(q, key, v):
+        b, t, n, h = q.shape
+        scores = jnp.einsum("btkgh,bskh->bkgts", q.reshape(b, t, k, n // k, h), key) * h**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), -1)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(b, t, n, h)
+
+    out, grads = values_and_gradients(
+        functools.partial(attention.attend, mask_bts=mask), q, key, v, weight
+    )
+    want, want_grads = values_and_gradients(written_out, q, key, v, weight)
+    np.testing.assert_allclose(out, want, atol=2e-6)
+    for name, got, expected in zip(NAMES, grads, want_grads, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"gradient of {name}")
+
+
 def test_under_two_vmaps_every_candidate_and_row_is_its_own():
     t = 130
     segments = np.array([[[1] * 70 + [2] * 60], [[1] * 30 + [-1] * 100]], np.int32)
