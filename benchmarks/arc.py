@@ -106,7 +106,7 @@ def timed(params, batch: Batch, chunk: int, repeats: int) -> dict[str, Any]:
     with machine.Compiling() as compiling:
         machine.wait(work())
     took = machine.seconds(work, repeats, warm=False)
-    sizes = {(v.width, v.rows, v.t) for one in chunks for v in one.slots.visits}
+    sizes = {(v.width, v.size) for one in chunks for v in one.slots.visits}
     return {
         "candidates_per_s": len(batch) / took,
         "compile_s": compiling.seconds,

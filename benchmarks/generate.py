@@ -69,13 +69,7 @@ def main() -> None:
         f"{result['machine']['device']}: {limits.flops / 1e9:,.0f} GFLOP/s, "
         f"{limits.bandwidth / 1e9:,.0f} GB/s; {args.shape}, {args.tokens} new tokens, greedy"
     )
-    prompts = [
-        sampling.encode(lm, question.prompt)
-        for context in work.task.contexts
-        for question in work.task.questions(context)
-    ]
-    need = max(*args.rows, args.adapters * args.questions)
-    prompts = (prompts * -(-need // len(prompts)))[:need]
+    prompts = questions(work, max(*args.rows, args.adapters * args.questions))
     peer = peers.model(lm.params) if peers.here() and not args.no_peer else None
     for rows in args.rows:
         name = f"{rows} prompts"
@@ -87,6 +81,16 @@ def main() -> None:
     rows = [[name, *(case.get(key) for key in _KEYS)] for name, case in result["cases"].items()]
     print(machine.table(rows, ("case", *_KEYS)))
     machine.report("generate", result, args.out, args.quick)
+
+
+def questions(work: workload.Work, n: int) -> list[list[int]]:
+    """Returns n prompts, the questions of the workload's contexts in turn."""
+    prompts = [
+        sampling.encode(work.lm, question.prompt)
+        for context in work.task.contexts
+        for question in work.task.questions(context)
+    ]
+    return (prompts * -(-n // len(prompts)))[:n]
 
 
 def ours(lm, prompts: list[list[list[int]]], args, adapters=None, n: int = 1) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def ours(work, batch: Batch, own: Lora, size: int, repeats: int) -> dict[str, An
         "token_efficiency": useful / processed,
         "compile_cold_s": cold,
         "compile_from_cache_s": again,
-        "programs": len({(v.width, v.rows, v.t) for x in chunks for v in x.slots.visits}),
+        "programs": len({(v.width, v.size) for x in chunks for v in x.slots.visits}),
         "calls": sum(len(x.slots.visits) for x in chunks),
     }
 

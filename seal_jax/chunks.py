@@ -1,4 +1,8 @@
-"""How many candidates are adapted at a time: as many as fit into the memory of a device."""
+"""How many candidates are adapted at a time: as many as fit into the memory of a device.
+
+And whether activations are kept for the backward pass instead of computed again: where they fit
+beside enough candidates.
+"""
 
 import dataclasses
 import functools
@@ -27,6 +31,9 @@ def choose(
 ) -> config_lib.Inner:
     """Returns the inner loop's settings with a chunk: the user's, or the largest that fits.
 
+    Of settings that leave it open (`remat: auto`), layers are recomputed only if keeping their
+    activations would leave room for less than half as many candidates.
+
     What a count needs is the compiler's word, in bytes on each device; a few programs are compiled,
     and the cache of compiled programs has them the next time. Where the device does not say how
     much memory it has (a CPU), `inner.chunk_size` decides.
@@ -50,13 +57,22 @@ def choose(
     ]
     if mesh is None:
         steps = [s for c in batch.candidates for s in steps_of(c.texts, settings.batch_size)]
-        size = max((lanes.size_of(step) for step in steps), key=lambda s: s[0] * s[1])
+        size = max((lanes.size_of(step) for step in steps), key=lambda s: s.rows * s.t)
+        size = size._replace(predicted=size.t)
     else:
-        size = (1, max(len(text.tokens) for c in batch.candidates for text in c.texts))
+        longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
+        size = lanes.Size(1, longest, longest)
     dtype = params.embed.dtype.name
-    bytes_of = functools.partial(_bytes, params.config, dtype, mesh, cfg.lora, settings, size)
-    chunk = largest(bytes_of, limit, tuple(counts))
-    say(f"inner.chunk: {chunk} candidates at a time fit into {limit / 2**30:.1f} GiB")
+    bytes_of = functools.partial(_bytes, params.config, dtype, mesh, cfg.lora, size=size)
+    chunk = largest(functools.partial(bytes_of, settings), limit, tuple(counts))
+    how = ""
+    if mesh is None and settings.remat == "auto" and inner.recompute(settings):
+        kept = dataclasses.replace(settings, remat="none")
+        for count in [n for n in reversed(counts) if chunk // 2 <= n <= chunk]:
+            if (needed := bytes_of(kept, count)) is not None and needed <= limit:
+                settings, chunk, how = kept, count, ", activations kept"
+                break
+    say(f"inner.chunk: {chunk} candidates at a time fit into {limit / 2**30:.1f} GiB{how}")
     return dataclasses.replace(settings, chunk=chunk)
 
 
@@ -101,13 +117,13 @@ def _bytes(
     mesh: jax.sharding.Mesh | None,
     adapter: config_lib.Lora,
     settings: config_lib.Inner,
-    size: tuple[int, int],
     count: int,
+    size: lanes.Size,
 ) -> int | None:
     """Returns the bytes on each device of the program for `count` candidates."""
     if mesh is not None:
         cfg = config_lib.Config(lora=adapter, inner=settings)
-        lowered = programs.inner_loop(config, cfg, mesh, count, size[1])
+        lowered = programs.inner_loop(config, cfg, mesh, count, size.t)
     else:
         lowered = _lowered_call(config, dtype, adapter, settings, size, count)
     try:
@@ -119,7 +135,7 @@ def _bytes(
 def _lowered_call(config, dtype, adapter, settings, size, count):
     """Returns the lowered call of lanes of `size`, with `count` candidates resident."""
     of = jax.ShapeDtypeStruct
-    rows, t = size
+    rows, t = size.rows, size.t
     width = lanes.width_of(size, count)
     params = jax.eval_shape(model_lib.layers_apart, params_lib.shapes(config, jnp.dtype(dtype)))
     stacked = jax.tree.map(lambda x: of((count, *x.shape), x.dtype), lora.shapes(config, adapter))

@@ -1,12 +1,14 @@
-"""The program that generates: prefill, then a loop over tokens until every sequence has ended.
+"""The programs that generate: prefill, then a loop over tokens until every sequence has ended.
 
-The loop stands outside `vmap`, so that it ends early and the cache is updated in place.
+The loop stands outside `vmap`, so that it ends early and the cache is updated in place. Of long
+sequences the cache grows by and by, each time in another program: what is reserved is read too.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from seal_jax import model, sharding
 from seal_jax.grammar import Grammar
@@ -62,105 +64,205 @@ def draw(
     return first_largest(logits_v + jax.random.gumbel(key, logits_v.shape, logits_v.dtype))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("samples", "room", "greedy", "nucleus", "own_adapters")
-)
+@struct.dataclass
+class State:
+    """Sequences on their way, [c, b, q] of them, with room for m tokens each.
+
+    Attributes:
+      step: Tokens made of each, those after its end included.
+      token, rule: The last token, and where it left the grammar.
+      done: Whether a sequence has ended.
+      tokens, logprobs: [c, b, q, m].
+      count: Tokens of a sequence before its end.
+    """
+
+    step: jax.Array
+    token: jax.Array
+    done: jax.Array
+    rule: jax.Array
+    cache: Cache
+    tokens: jax.Array
+    logprobs: jax.Array
+    count: jax.Array
+
+
+@struct.dataclass
+class Draws:
+    """What decides on the tokens besides the model.
+
+    Attributes:
+      ids_cb: Names of the rows, folded into the key.
+      ends: Ids that end a sequence.
+      limit: Tokens to generate at most.
+      grammar: What may follow what; log-probabilities are the model's all the same.
+      greedy: Take the most likely token (static).
+      nucleus: Draw within `top_p` (static).
+    """
+
+    ids_cb: jax.Array
+    key: jax.Array
+    ends: jax.Array
+    limit: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    grammar: Grammar | None
+    greedy: bool = struct.field(pytree_node=False)
+    nucleus: bool = struct.field(pytree_node=False)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "room", "own_adapters", "keep"))
 def run(
     params: Params,
     adapters: Adapter | None,
     tokens_cbt: jax.Array,
     length_cb: jax.Array,
-    ids_cb: jax.Array,
-    key: jax.Array,
-    ends: jax.Array,
-    limit: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    grammar: Grammar | None = None,
+    draws: Draws,
     *,
     samples: int,
     room: int,
-    greedy: bool,
-    nucleus: bool,
     own_adapters: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns tokens and log-probabilities [c, b, q, m]; their number, and if they ended [c, b, q].
+    keep: bool = False,
+) -> State:
+    """Returns the sequences after up to `room` tokens: of their state what a host wants to see.
 
     Args:
       length_cb: True lengths; 0 is a filler row, which is done from the start.
-      ids_cb: Names of the rows, folded into the key.
-      ends: Ids that end a sequence.
-      limit: Tokens to generate at most; `room` is the static bound.
-      grammar: What may follow what; log-probabilities are the model's all the same.
       own_adapters: Whether `adapters` has a `c` axis.
+      keep: Return all of the state, to go on from.
     """
     params = model.layers_apart(params)
     axis = 0 if own_adapters else None
-    c, b, _ = tokens_cbt.shape
-    number = jnp.arange(samples)
-    keys_cbq = jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: _key(key, i, q))(number)))(ids_cb)
-
-    def choose(logits_cbqv, step, rule_cbq):
-        logits_cbqv = sharding.constrain_rows(logits_cbqv)  # each device sorts its own
-        offered_cbqv = logits_cbqv
-        if grammar is not None:
-            offered_cbqv = jnp.where(grammar.allowed(rule_cbq), logits_cbqv, -jnp.inf)
-        if greedy:
-            token = first_largest(offered_cbqv)
-        else:
-            one = lambda logits, own: draw(
-                logits, jax.random.fold_in(own, step), temperature, top_p, nucleus
-            )
-            token = jax.vmap(jax.vmap(jax.vmap(one)))(offered_cbqv, keys_cbq)
-        chosen = jnp.take_along_axis(logits_cbqv, token[..., None], -1)[..., 0]
-        if grammar is not None:
-            rule_cbq = grammar.after(rule_cbq, token)
-        logprob = chosen - jax.nn.logsumexp(logits_cbqv, -1)
-        return token.astype(jnp.int32), logprob, rule_cbq
-
+    c, b, t = tokens_cbt.shape
     start = functools.partial(model.prefill, samples=samples, room=room)
     start = sharding.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
-    go_on = sharding.vmap(
-        model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
-    )
     logits_cbv, cache = start(params, adapters, tokens_cbt, jnp.maximum(length_cb, 1))
     shape = (c, b, samples)
     logits = jnp.broadcast_to(logits_cbv[:, :, None], (*shape, logits_cbv.shape[-1]))
-    token, logprob, rule = choose(logits, 0, jnp.zeros(shape, jnp.int32))
-
-    def record(state_arrays, token, logprob, done, step):
-        out, logprobs, count = state_arrays
-        ended = jnp.any(token[..., None] == ends, -1)
-        keep = ~done & ~ended
-        at = (0, 0, 0, step)
-        out = jax.lax.dynamic_update_slice(out, jnp.where(keep, token, 0)[..., None], at)
-        logprob = jnp.where(keep, logprob, 0.0)[..., None]
-        logprobs = jax.lax.dynamic_update_slice(logprobs, logprob, at)
-        return (out, logprobs, count + keep), done | ended
-
-    arrays = (
-        jnp.zeros((*shape, room), jnp.int32),
-        jnp.zeros((*shape, room), jnp.float32),
-        jnp.zeros(shape, jnp.int32),
+    none = jnp.zeros(shape, jnp.int32)
+    state = State(
+        step=jnp.zeros((), jnp.int32),
+        token=none,
+        done=jnp.broadcast_to((length_cb == 0)[..., None], shape),
+        rule=none,
+        cache=cache,
+        tokens=jnp.zeros((*shape, room), jnp.int32),
+        logprobs=jnp.zeros((*shape, room), jnp.float32),
+        count=none,
     )
-    done = jnp.broadcast_to((length_cb == 0)[..., None], shape)
-    arrays, done = record(arrays, token, logprob, done, 0)
-
-    def unfinished(state):
-        step, _, done, *_ = state
-        return (step < limit) & ~jnp.all(done)
-
-    def advance(state):
-        step, token, done, rule, cache, arrays = state
-        logits, cache = go_on(params, adapters, token, cache)
-        token, logprob, rule = choose(logits, step, rule)
-        arrays, done = record(arrays, token, logprob, done, step)
-        return step + 1, token, done, rule, cache, arrays
-
-    state = (jnp.int32(1), token, done, rule, cache, arrays)
-    _, _, done, _, _, arrays = jax.lax.while_loop(unfinished, advance, state)
-    return sharding.whole((*arrays, done))
+    state = _chosen(state, logits, _keys(draws, samples), draws)
+    return _seen(_loop(params, adapters, state, draws, axis), keep)
 
 
-def _key(key: jax.Array, row: jax.Array, sample: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(key, row), sample)
+@functools.partial(jax.jit, static_argnames=("room", "own_adapters", "keep"))
+def go_on(
+    params: Params,
+    adapters: Adapter | None,
+    state: State,
+    draws: Draws,
+    *,
+    room: int,
+    own_adapters: bool,
+    keep: bool = False,
+) -> State:
+    """Returns the sequences after up to `room` tokens in all; see `run`."""
+    params = model.layers_apart(params)
+    more = room - state.tokens.shape[-1]
+
+    def longer(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, more)
+        return jnp.pad(x, widths)
+
+    grow = lambda tree, axis: jax.tree.map(functools.partial(longer, axis=axis), tree)
+    suffix = {"suffix_k": grow(state.cache.suffix_k, -1), "suffix_v": grow(state.cache.suffix_v, -2)}
+    state = state.replace(
+        cache=state.cache.replace(**suffix),
+        tokens=grow(state.tokens, -1),
+        logprobs=grow(state.logprobs, -1),
+    )
+    return _seen(_loop(params, adapters, state, draws, 0 if own_adapters else None), keep)
+
+
+@jax.jit
+def take_rows(state: State, row_b: jax.Array, draws: Draws) -> tuple[State, Draws]:
+    """Returns the state of some rows of each c, and their draws; those of row -1 are done."""
+    take = lambda axis: lambda x: jnp.take(x, row_b, axis=axis, mode="clip")
+    each = {name: take(1)(getattr(state, name)) for name in _ROWS}
+    each["done"] |= (row_b < 0)[:, None]
+    cache = state.cache
+    names = ("prefix_k", "prefix_v", "suffix_k", "suffix_v")
+    stacked = 1 if isinstance(cache.prefix_k, list) else 2  # layers stand before the rows
+    kept = {name: jax.tree.map(take(stacked), getattr(cache, name)) for name in names}
+    cache = cache.replace(**kept, length_b=take(1)(cache.length_b))
+    return state.replace(cache=cache, **each), draws.replace(ids_cb=take(1)(draws.ids_cb))
+
+
+_ROWS = ("token", "done", "rule", "tokens", "logprobs", "count")
+
+
+def _keys(draws: Draws, samples: int) -> jax.Array:
+    """Returns a key for each sequence, [c, b, q]."""
+    number = jnp.arange(samples)
+    one = lambda row, sample: jax.random.fold_in(jax.random.fold_in(draws.key, row), sample)
+    return jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: one(i, q))(number)))(draws.ids_cb)
+
+
+def _chosen(state: State, logits_cbqv: jax.Array, keys_cbq: jax.Array, draws: Draws) -> State:
+    """Returns the state after one more token of each sequence."""
+    logits_cbqv = sharding.constrain_rows(logits_cbqv)  # each device sorts its own
+    offered_cbqv = logits_cbqv
+    if draws.grammar is not None:
+        offered_cbqv = jnp.where(draws.grammar.allowed(state.rule), logits_cbqv, -jnp.inf)
+    if draws.greedy:
+        token = first_largest(offered_cbqv)
+    else:
+        one = lambda logits, own: draw(
+            logits,
+            jax.random.fold_in(own, state.step),
+            draws.temperature,
+            draws.top_p,
+            draws.nucleus,
+        )
+        token = jax.vmap(jax.vmap(jax.vmap(one)))(offered_cbqv, keys_cbq)
+    chosen = jnp.take_along_axis(logits_cbqv, token[..., None], -1)[..., 0]
+    rule = state.rule if draws.grammar is None else draws.grammar.after(state.rule, token)
+    logprob = chosen - jax.nn.logsumexp(logits_cbqv, -1)
+    token = token.astype(jnp.int32)
+    ended = jnp.any(token[..., None] == draws.ends, -1)
+    keep = ~state.done & ~ended
+    put = lambda every, one: jax.lax.dynamic_update_slice_in_dim(
+        every, jnp.where(keep, one, 0)[..., None], state.step, axis=-1
+    )
+    return state.replace(
+        step=state.step + 1,
+        token=token,
+        done=state.done | ended,
+        rule=rule,
+        tokens=put(state.tokens, token),
+        logprobs=put(state.logprobs, logprob),
+        count=state.count + keep,
+    )
+
+
+def _loop(params, adapters, state: State, draws: Draws, axis: int | None) -> State:
+    """Returns the state once all sequences have ended, or the room or the limit is reached."""
+    keys_cbq = _keys(draws, state.token.shape[-1])
+    step_on = sharding.vmap(
+        model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
+    )
+    most = jnp.minimum(draws.limit, state.tokens.shape[-1])
+
+    def unfinished(state: State) -> jax.Array:
+        return (state.step < most) & ~jnp.all(state.done)
+
+    def advance(state: State) -> State:
+        logits_cbqv, cache = step_on(params, adapters, state.token, state.cache)
+        return _chosen(state.replace(cache=cache), logits_cbqv, keys_cbq, draws)
+
+    return jax.lax.while_loop(unfinished, advance, state)
+
+
+def _seen(state: State, keep: bool) -> State:
+    names = ("step", "done", "tokens", "logprobs", "count")
+    made = {name: sharding.whole(getattr(state, name)) for name in names}
+    return state.replace(**made) if keep else state.replace(**made, cache=None, token=None, rule=None)

@@ -32,13 +32,20 @@ LOSSES = 512  # room for the losses of a candidate, so that few programs differ 
 Step = list[list[Text]]  # rows of texts
 
 
+class Size(NamedTuple):
+    """What a call has room for in each lane: rows of t tokens, of which `predicted` count."""
+
+    rows: int
+    t: int
+    predicted: int
+
+
 class Visit(NamedTuple):
-    """One call: for each lane which candidate takes which of its steps, in rows of t tokens."""
+    """One call: for each lane which candidate takes which of its steps."""
 
     lanes: tuple[tuple[int, int], ...]
     width: int
-    rows: int
-    t: int
+    size: Size
 
 
 class Lanes(NamedTuple):
@@ -104,21 +111,25 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterat
             batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
             for i in group
         )
-        processed = sum(v.width * v.rows * v.t for v in visits)
+        processed = sum(v.width * v.size.rows * v.size.t for v in visits)
         yield Chunk(index, lanes, useful, processed, sum(v.width for v in visits))
 
 
-def size_of(step: Step) -> tuple[int, int]:
-    """Returns the rows and tokens that hold a step: powers of two, and one of few lengths."""
+def size_of(step: Step) -> Size:
+    """Returns what holds a step: a power of two of rows, one of few lengths and few parts of it."""
     longest = max(sum(len(text.tokens) for text in row) for row in step)
     t = next((x for x in _LENGTHS if x >= longest), -(-longest // 256) * 256)
-    return 1 << (len(step) - 1).bit_length(), t
+    count = max(sum(int(np.count_nonzero(text.weights)) for text in row) for row in step)
+    predicted = t
+    while predicted >= 2 * max(count, _LENGTHS[0]):  # halves: few programs differ in it
+        predicted //= 2
+    return Size(1 << (len(step) - 1).bit_length(), t, predicted)
 
 
-def width_of(size: tuple[int, int], chunk: int, tokens: int = 0) -> int:
+def width_of(size: Size, chunk: int, tokens: int = 0) -> int:
     """Returns the lanes of a call of this size (`tokens` as in `arrange`)."""
     tokens = tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
-    return max(1, min(chunk, tokens // (size[0] * size[1])))
+    return max(1, min(chunk, tokens // (size.rows * size.t)))
 
 
 def _plan(
@@ -135,19 +146,19 @@ def _plan(
     live = {i for i, n in enumerate(left) if n}
     visits = []
     while live:
-        ready: dict[tuple[int, int], list[int]] = {}
+        ready: dict[Size, list[int]] = {}
         for i in sorted(live, key=lambda i: (-left[i], i)):
             ready.setdefault(sizes[i][queues[i][at[i]]], []).append(i)
         fills = [
             (min(1.0, len(own) / width_of(size, chunk, tokens)), left[own[0]], size)
             for size, own in ready.items()
         ]
-        rows, t = size = max(fills)[2]
+        size = max(fills)[2]
         width = width_of(size, chunk, tokens)
-        fitting = [s for s in sorted(ready, key=lambda s: -s[0] * s[1]) if s != size]
-        fitting = [size, *(s for s in fitting if s[0] <= rows and s[1] <= t)]
-        chosen = [i for s in fitting for i in ready[s]][:width]
-        visits.append(Visit(tuple((i, int(queues[i][at[i]])) for i in chosen), width, rows, t))
+        others = [s for s in sorted(ready, key=lambda s: -s.rows * s.t) if s != size]
+        others = [s for s in others if all(a <= b for a, b in zip(s, size, strict=True))]
+        chosen = [i for s in [size, *others] for i in ready[s]][:width]
+        visits.append(Visit(tuple((i, int(queues[i][at[i]])) for i in chosen), width, size))
         for i in chosen:
             at[i] += 1
             left[i] -= 1
@@ -158,7 +169,7 @@ def _plan(
 
 def _work(lanes: Lanes, visit: Visit) -> Work:
     """Returns the arrays of a call."""
-    size = (visit.width, visit.rows, visit.t)
+    size = (visit.width, visit.size.rows, visit.size.t)
     tokens = np.full(size, lanes.eos_id, np.int32)
     weights, segments = np.zeros(size, np.int8), np.zeros(size, np.int32)
     lane = np.full(visit.width, len(lanes.total_c), np.int32)
@@ -170,7 +181,9 @@ def _work(lanes: Lanes, visit: Visit) -> Work:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("settings", "remat"), donate_argnames=("state", "losses")
+    jax.jit,
+    static_argnames=("settings", "remat", "predicted"),
+    donate_argnames=("state", "losses"),
 )
 def advance(
     params: Params,
@@ -180,15 +193,21 @@ def advance(
     *,
     settings: config_lib.Inner,
     remat: bool,
+    predicted: int = 0,
 ) -> tuple[optim.TrainState, jax.Array]:
-    """Returns the candidates' states [c, ...] after one step of some, and losses [c, i]."""
+    """Returns the candidates' states [c, ...] after one step of some, and losses [c, i].
+
+    Args:
+      predicted: See `optim.loss`.
+    """
 
     def one(state, tokens_bt, weights_bt, segments_bt, peak, total):
         rate = lambda step: optim.learning_rate(
             settings.schedule, step, peak, total, settings.warmup_steps
         )
+        texts = (tokens_bt, weights_bt, segments_bt)
         loss_of = lambda adapter: optim.loss(
-            params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat
+            params, adapter, *texts, remat=remat, predicted=predicted
         )
         return optim.step(
             state, loss_of, rate, clip=settings.clip, weight_decay=settings.weight_decay
@@ -220,7 +239,7 @@ def run(
     losses = jax.device_put(nothing)
     for visit in lanes.visits:
         work = jax.device_put(_work(lanes, visit))
-        size = (visit.width, visit.rows, visit.t, losses.shape, settings, params.config)
-        with streams.first_call(size):
-            state, losses = advance(params, state, losses, work, settings=settings, remat=remat)
+        static = {"settings": settings, "remat": remat, "predicted": visit.size.predicted}
+        with streams.first_call((visit.width, visit.size, losses.shape, settings, params.config)):
+            state, losses = advance(params, state, losses, work, **static)
     return state.trained, losses

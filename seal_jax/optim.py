@@ -47,6 +47,7 @@ def loss(
     segments_bt: jax.Array | None = None,
     *,
     remat: bool = False,
+    predicted: int = 0,
 ) -> jax.Array:
     """Returns the mean -log p of the tokens with weight, float32.
 
@@ -54,15 +55,22 @@ def loss(
       weights_bt: How much predicting *this* token counts. The first of a text is never predicted:
         its weight only enlarges the divisor, as in transformers' Trainer.
       segments_bt: See `model.hidden`; a text's first token is never predicted from another text.
+      predicted: No row has more tokens with weight than this (static): logits are made of so many
+        places alone, where the weights are. 0 makes them everywhere.
     """
     x_btd = model.hidden(params, adapter, tokens_bt, segments_bt=segments_bt, remat=remat)
-    nll = token_nll(params, x_btd[:, :-1], tokens_bt[:, 1:])
-    weights_bt = weights_bt.astype(jnp.float32)
-    weights = weights_bt[:, 1:]
+    divisor = jnp.maximum(jnp.sum(weights_bt.astype(jnp.float32)), 1e-9)
+    x_btd, targets_bt = x_btd[:, :-1], tokens_bt[:, 1:]
+    weights = weights_bt[:, 1:].astype(jnp.float32)
     if segments_bt is not None:
         segments_bt = jnp.abs(segments_bt)
         weights *= segments_bt[:, 1:] == segments_bt[:, :-1]
-    return jnp.sum(nll * weights) / jnp.maximum(jnp.sum(weights_bt), 1e-9)
+    if 0 < predicted < targets_bt.shape[1]:
+        places = jax.vmap(lambda own: jnp.nonzero(own, size=predicted, fill_value=-1)[0])(weights)
+        x_btd = jnp.take_along_axis(x_btd, places[..., None], axis=1)
+        targets_bt = jnp.take_along_axis(targets_bt, places, axis=1)
+        weights = jnp.where(places < 0, 0.0, jnp.take_along_axis(weights, places, axis=1))
+    return jnp.sum(token_nll(params, x_btd, targets_bt) * weights) / divisor
 
 
 def learning_rate(

@@ -168,18 +168,24 @@ def _generation(config, mesh, adapters, shape, layout, **static) -> Any:
     over, whole = sharding.candidates(mesh), sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
+    draws = decoding.Draws(
+        ids_cb=jax.ShapeDtypeStruct(shape[:2], jnp.uint32, sharding=over),
+        key=jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        ends=jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole),
+        limit=scalar(jnp.int32),
+        temperature=scalar(jnp.float32),
+        top_p=scalar(jnp.float32),
+        grammar=None,
+        greedy=static.pop("greedy"),
+        nucleus=static.pop("nucleus"),
+    )
     with sharding.use(mesh):
         return decoding.run.lower(
             weights(config, mesh, layout),
             adapters,
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
             jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=over),
-            jax.ShapeDtypeStruct(shape[:2], jnp.uint32, sharding=over),
-            jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-            jax.ShapeDtypeStruct((2,), jnp.int32, sharding=whole),
-            scalar(jnp.int32),
-            scalar(jnp.float32),
-            scalar(jnp.float32),
+            draws,
             **static,
         )
 

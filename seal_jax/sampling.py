@@ -22,6 +22,7 @@ from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_ROOMS_ON_THE_WAY = (256, 1024, 4096)
 ROWS = {"cpu": 64, "other": 256}  # sequences decoded together by default
 
 
@@ -84,37 +85,67 @@ def decode(
     results = [[[] for _ in rows] for rows in prompts]
     if own:
         prompts, adapters = _filled(prompts, adapters, mesh)
-    settings = (
-        jax.random.key(0) if key is None else key,
-        np.asarray(lm.config.eos_ids or (-1,), np.int32),
-        np.int32(max_tokens),
-        np.float32(temperature or 1.0),
-        np.float32(top_p),
-        grammar,
+    draws = decoding.Draws(
+        ids_cb=None,
+        key=jax.random.key(0) if key is None else key,
+        ends=np.asarray(lm.config.eos_ids or (-1,), np.int32),
+        limit=np.int32(max_tokens),
+        temperature=np.float32(temperature or 1.0),
+        top_p=np.float32(top_p),
+        grammar=grammar,
+        greedy=not temperature,
+        nucleus=bool(temperature) and top_p < 1,
     )
-    settings = sharding.share(settings, mesh)
+    draws = sharding.share(draws, mesh)
+    params = lm.params if lm.reader is None else lm.reader
     for tile in _tiles(prompts, rows_at_once, own, parts):
-        arrays = sharding.share_out(_arrays(tile, prompts, ids, t), mesh)
-        shape = (*arrays[0].shape, samples, room, bool(temperature), own, lm.config)
-        with sharding.use(mesh), streams.first_call(shape):
-            made = decoding.run(
-                lm.params if lm.reader is None else lm.reader,
-                _take(adapters, tile, parts, lm.config) if own else adapters,
-                *arrays,
-                *settings,
-                samples=samples,
-                room=room,
-                greedy=not temperature,
-                nucleus=bool(temperature) and top_p < 1,
-                own_adapters=own,
-            )
-        out, logprobs, count, done = sharding.fetch(made)
+        tokens, lengths, names = sharding.share_out(_arrays(tile, prompts, ids, t), mesh)
+        with sharding.use(mesh):
+            adapter = _take(adapters, tile, parts, lm.config) if own else adapters
+            own_draws = draws.replace(ids_cb=names)
+            shape = (samples, room, max_tokens, own)
+            made = _run(params, adapter, (tokens, lengths), own_draws, *shape)
         for at, rows in enumerate(tile.rows):
             for place, (c, b) in enumerate(rows):
-                results[c][b] = [
-                    Output(out[i][: count[i]], logprobs[i][: count[i]], bool(done[i]))
-                    for i in [(at, place, q) for q in range(samples)]
-                ]
+                results[c][b] = made[at][place]
+    return results
+
+
+def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, own: bool):
+    """Returns the sequences [c][b][samples] of one tile.
+
+    In several programs, each with room for more tokens, as long as any sequence goes on; rows that
+    have ended are left behind where the rest fills no more than half the places.
+    """
+    rooms = [*(r for r in _ROOMS_ON_THE_WAY if r < room), room]
+    c, b, _ = prompts[0].shape
+    results: list[list[list[Output]]] = [[[] for _ in range(b)] for _ in range(c)]
+    place_b = np.arange(b)
+    state = None
+    for number, size in enumerate(rooms):
+        static = {"room": size, "own_adapters": own, "keep": size < room}
+        shape = (len(place_b), *prompts[0].shape, samples, size, draws.greedy, own, params.config)
+        with streams.first_call(shape):
+            if state is None:
+                state = decoding.run(params, adapters, *prompts, draws, samples=samples, **static)
+            else:
+                state = decoding.go_on(params, adapters, state, draws, **static)
+        seen = (state.tokens, state.logprobs, state.count, state.done, state.step)
+        tokens, logprobs, count, done, step = sharding.fetch(seen)
+        for at, place, q in np.ndindex(c, len(place_b), samples):
+            if (b_at := place_b[place]) >= 0:
+                own_at, n = (at, place, q), count[at, place, q]
+                one = Output(tokens[own_at][:n], logprobs[own_at][:n], bool(done[own_at]))
+                results[at][b_at][q:] = [one]
+        if done.all() or step >= limit:
+            break
+        going = np.flatnonzero(~done.all(axis=(0, 2)) & (place_b >= 0))
+        width = 1 << (len(going) - 1).bit_length()
+        if sharding.current() is None and c == 1 and 2 * width <= len(place_b):
+            rows = np.full(width, -1)
+            rows[: len(going)] = going
+            state, draws = decoding.take_rows(state, jax.device_put(rows), draws)
+            place_b = np.where(rows < 0, -1, place_b[rows])
     return results
 
 

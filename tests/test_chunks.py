@@ -2,7 +2,7 @@
 
 import toys
 
-from seal_jax import chunks, config
+from seal_jax import chunks, config, inner
 from seal_jax.batching import Batch
 
 CONFIG = toys.config("qwen2", n_layers=2)
@@ -50,6 +50,23 @@ def test_more_memory_takes_larger_chunks_up_to_all_candidates():
     assert small == 1
     found = [chosen(x) for x in (10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6)]
     assert found == sorted(found) and len(set(found)) > 2
+
+
+def test_activations_are_kept_where_they_leave_room_for_half_as_many(monkeypatch):
+    monkeypatch.setattr(inner, "recompute", lambda settings: settings.remat in ("auto", "layers"))
+    weights, made = toys.params(CONFIG), batch()
+    base = {"auto": 100, "layers": 100, "none": 400}
+    needed = lambda config, dtype, mesh, lora, own, n, size: base[own.remat] + 10 * n
+    monkeypatch.setattr(chunks, "_bytes", needed)
+
+    def chosen(limit, made=made):
+        found = chunks.choose(weights, made, CFG, limit)
+        return found.chunk, found.remat
+
+    assert chosen(2000) == (48, "none")  # both fit
+    assert chosen(600) == (48, "auto")  # kept, they would leave room for 16 of 48
+    assert chosen(640) == (24, "none")
+    assert chosen(2000, batch(remat="layers")) == (48, "layers")  # the user's word
 
 
 def test_the_users_chunk_stays_and_a_cpu_takes_few():

@@ -67,8 +67,10 @@ def test_a_call_takes_one_step_of_a_candidate_and_every_step_fits(chunk, tokens)
             assert len(set(who)) == len(who) <= visit.width
             for i, j in visit.lanes:
                 step = part.slots.steps[i][j]
-                assert len(step) <= visit.rows
-                assert max(sum(len(x.tokens) for x in row) for row in step) <= visit.t
+                assert len(step) <= visit.size.rows
+                assert max(sum(len(x.tokens) for x in row) for row in step) <= visit.size.t
+                counted = max(sum(np.count_nonzero(x.weights) for x in row) for row in step)
+                assert counted <= visit.size.predicted
 
 
 def test_a_program_is_named_by_its_size_alone():
@@ -80,9 +82,9 @@ def test_a_program_is_named_by_its_size_alone():
             for who in range(6)
         ]
         for part in lanes.arrange(toys.batch(written), 4, KEY, 64):
-            sizes.update((v.width, v.rows, v.t) for v in part.slots.visits)
+            sizes.update((v.width, v.size) for v in part.slots.visits)
             assert part.slots.room == 512 and len(part.index) == 4
-    assert {width * rows * t for width, rows, t in sizes} <= {48, 64}
+    assert {width * size.rows * size.t for width, size in sizes} <= {48, 64}
     assert len(sizes) <= 4
 
 
@@ -92,5 +94,5 @@ def test_useful_and_processed_tokens_are_counted():
     every = [step for steps in taken(batch, 2, 64).values() for step in steps]
     assert sum(part.useful for part in parts) == sum(len(x) for step in every for x in step)
     for part in parts:
-        size = sum(v.width * v.rows * v.t for v in part.slots.visits)
+        size = sum(v.width * v.size.rows * v.size.t for v in part.slots.visits)
         assert part.processed == size >= part.useful

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 CLOSE = dict(rtol=2e-5, atol=1e-6)  # float32 sums in another order
 
-loss = jax.jit(optim.loss, static_argnames="remat")
+loss = jax.jit(optim.loss, static_argnames=("remat", "predicted"))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -57,6 +57,19 @@ def test_packing_texts_into_a_row_changes_no_loss(params, adapter):
     np.testing.assert_allclose(
         loss(params, adapter, row, counted, segments) * 14, together * 11, **CLOSE
     )
+
+
+def test_logits_of_counted_places_alone_change_neither_loss_nor_gradient(params, adapter):
+    tokens_bt = toys.tokens(2, 14)
+    weights_bt = np.zeros((2, 14), np.int8)
+    weights_bt[0, [0, 3, 6, 9, 13]] = weights_bt[1, 12] = 1  # 0 and 6 are first tokens of a text
+    segments_bt = np.repeat([[1, 2, 3]], (6, 3, 5), axis=1).repeat(2, axis=0)
+    texts = (tokens_bt, weights_bt, segments_bt)
+    whole = jax.jit(jax.value_and_grad(lambda a: optim.loss(params, a, *texts)))(adapter)
+    for predicted in (5, 8):  # exactly as many as count at most, and more
+        some = jax.value_and_grad(lambda a, n=predicted: optim.loss(params, a, *texts, predicted=n))
+        chex.assert_trees_all_close(jax.jit(some)(adapter), whole, rtol=1e-4, atol=1e-6)
+    assert float(whole[0]) > 0
 
 
 def test_loss_in_parts_and_recomputed_has_the_same_value_and_gradient(monkeypatch):
