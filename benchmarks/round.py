@@ -9,6 +9,7 @@ process) with what the first left there. Both are the command itself, `seal_jax 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -83,9 +84,12 @@ def child(args: argparse.Namespace) -> None:
         if str(row.get("stage", "")).startswith("eval/"):
             stages["evaluate_s"] = stages.get("evaluate_s", 0.0) + row.get("seconds", 0.0)
     useful = [row["token_efficiency"] for row in rows if "token_efficiency" in row]
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    busy = usage.ru_utime + usage.ru_stime
     result = {
         "stages": stages,
         "compiling_s": compiling.seconds,
+        "idle_share_of_cores": 1 - busy / (machine.cores() * (time.perf_counter() - start)),
         "programs_asked_of_cache": compiling.requests,
         "programs_from_cache": compiling.hits,
         "token_efficiency": useful,
@@ -99,7 +103,8 @@ def show(name: str, run: dict[str, Any]) -> None:
     print(
         f"{name} run: {run['seconds']:.1f} s ({stages}); compiling {run['compiling_s']:.1f} s = "
         f"{run['compiling_s'] / run['seconds']:.0%}, {run['programs_from_cache']} of "
-        f"{run['programs_asked_of_cache']} programs from the cache"
+        f"{run['programs_asked_of_cache']} programs from the cache; cores idle "
+        f"{run['idle_share_of_cores']:.0%}"
     )
 
 

@@ -122,7 +122,7 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
     results: list[list[list[Output]]] = [[[] for _ in range(b)] for _ in range(c)]
     place_b = np.arange(b)
     state = None
-    for number, size in enumerate(rooms):
+    for size in rooms:
         static = {"room": size, "own_adapters": own, "keep": size < room}
         shape = (len(place_b), *prompts[0].shape, samples, size, draws.greedy, own, params.config)
         with streams.first_call(shape):

@@ -29,6 +29,22 @@ def test_arc(tmp_path):
     assert all(0 < row["useful"] <= 1 and 0 < row["active"] <= 1 for row in rows.values())
 
 
+def test_what_a_gpu_will_run_runs_here(tmp_path):
+    result = quick("gpu", tmp_path)
+    assert all(0 <= gap < 3e-2 for gap in result["numerics"].values())
+    (found,) = result["shapes"].values()
+    assert found["round"]["self_edits"] == 3 * 5 * 2 and found["round"]["seconds"] > 0
+    assert found["adapters"]["q, v"]["chunks"][-1]["share_of_floor"] > 0
+    for case in found["generation"].values():
+        assert case["tokens_per_s"] > 0 and case.get("agreement", 1.0) == 1.0
+
+
+def test_a_second_run_finds_its_programs_in_the_cache(tmp_path):
+    runs = quick("second_run", tmp_path)["runs"]
+    assert runs["second"]["programs_from_cache"] > 0
+    assert runs["second"]["compiling_s"] < runs["first"]["compiling_s"]
+
+
 @pytest.mark.slow
 def test_inner_loop(tmp_path):
     result = quick("inner_loop", tmp_path)

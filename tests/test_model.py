@@ -81,9 +81,10 @@ def test_positions_start_anew_in_each_text():
     )
 
 
-def test_cached_decoding_equals_the_full_forward_pass(family, models):
-    params = models[family]
-    adapter = toys.adapter(params.config)
+@pytest.mark.parametrize("layout", [lambda params: params, model.apart], ids=["stacked", "apart"])
+def test_cached_decoding_equals_the_full_forward_pass(family, models, layout):
+    stacked = models[family]
+    params, adapter = layout(stacked), toys.adapter(stacked.config)
     samples, room = 2, 4
     lengths = np.array([6, 3])
     prompts = np.where(np.arange(6) < lengths[:, None], toys.tokens(2, 6), 0)
@@ -99,10 +100,20 @@ def test_cached_decoding_equals_the_full_forward_pass(family, models):
     for b, length in enumerate(lengths):
         for q in range(samples):
             whole = np.concatenate([prompts[b, :length], new[b, q]])
-            full_tv = forward(params, adapter, whole)[0]
+            full_tv = forward(stacked, adapter, whole)[0]
             chex.assert_trees_all_close(logits_bv[b], full_tv[length - 1], **CLOSE)
             for i in range(room):
                 chex.assert_trees_all_close(found[i][b, q], full_tv[length + i], **CLOSE)
+
+
+def test_rotary_angles_are_the_same_looked_up_and_computed(family):
+    positions = jnp.array([[0, 1, 2, 0, 1], [7, 3, 40, 41, 99]])
+    config = toys.FAMILIES[family]
+    computed = model.rotary(positions, config)
+    looked_up = model.rotary(positions, config, 100)
+    # NumPy's cosine and XLA's differ in the last bit.
+    chex.assert_trees_all_close(looked_up, computed, atol=1e-6, rtol=0)
+    assert jnp.abs(computed[0]).min() < 0.9
 
 
 def test_the_scan_over_layers_equals_the_unrolled_layers(params, monkeypatch):
