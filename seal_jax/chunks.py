@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, optim, programs, sharding
+from seal_jax import inner, lanes, lora, multihost, programs, sharding
 from seal_jax import model as model_lib
 from seal_jax import params as params_lib
 from seal_jax.batching import Batch, steps_of
@@ -138,9 +138,10 @@ def _lowered_call(config, dtype, adapter, settings, size, count):
     rows, t = size.rows, size.t
     width = lanes.width_of(size, count)
     params = jax.eval_shape(model_lib.layers_apart, params_lib.shapes(config, jnp.dtype(dtype)))
-    stacked = jax.tree.map(lambda x: of((count, *x.shape), x.dtype), lora.shapes(config, adapter))
-    state = jax.eval_shape(jax.vmap(optim.init), stacked)
+    form = lanes.form_of(lora.shapes(config, adapter))
+    state = of((count, 3, form.size), jnp.float32)
     work = lanes.Work(
+        of((width,), jnp.int32),
         of((width,), jnp.int32),
         of((width, rows, t), jnp.int32),
         of((width, rows, t), jnp.int8),
@@ -149,5 +150,9 @@ def _lowered_call(config, dtype, adapter, settings, size, count):
         of((width,), jnp.int32),
     )
     losses = of((count, lanes.LOSSES), jnp.float32)
-    program = {"settings": inner.loop_settings(settings), "remat": inner.recompute(settings)}
+    program = {
+        "form": form,
+        "settings": inner.loop_settings(settings),
+        "remat": inner.recompute(settings),
+    }
     return lanes.advance.lower(params, state, losses, work, **program)

@@ -174,7 +174,10 @@ def go_on(
         return jnp.pad(x, widths)
 
     grow = lambda tree, axis: jax.tree.map(functools.partial(longer, axis=axis), tree)
-    suffix = {"suffix_k": grow(state.cache.suffix_k, -1), "suffix_v": grow(state.cache.suffix_v, -2)}
+    suffix = {
+        "suffix_k": grow(state.cache.suffix_k, -1),
+        "suffix_v": grow(state.cache.suffix_v, -2),
+    }
     state = state.replace(
         cache=state.cache.replace(**suffix),
         tokens=grow(state.tokens, -1),
@@ -265,4 +268,6 @@ def _loop(params, adapters, state: State, draws: Draws, axis: int | None) -> Sta
 def _seen(state: State, keep: bool) -> State:
     names = ("step", "done", "tokens", "logprobs", "count")
     made = {name: sharding.whole(getattr(state, name)) for name in names}
-    return state.replace(**made) if keep else state.replace(**made, cache=None, token=None, rule=None)
+    return (
+        state.replace(**made) if keep else state.replace(**made, cache=None, token=None, rule=None)
+    )

@@ -8,10 +8,12 @@ that the cache of compiled programs has it.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -67,9 +69,10 @@ class Lanes(NamedTuple):
 
 @struct.dataclass
 class Work:
-    """Arrays of one call; lane k is candidate `lane_k` (c: nobody)."""
+    """Arrays of one call; lane k is candidate `lane_k` (c: nobody), which took `step_k` before."""
 
     lane_k: jax.Array
+    step_k: jax.Array
     tokens: jax.Array
     weights: jax.Array
     segments: jax.Array
@@ -167,41 +170,82 @@ def _plan(
     return visits
 
 
-def _work(lanes: Lanes, visit: Visit) -> Work:
-    """Returns the arrays of a call."""
+class Form(NamedTuple):
+    """The shapes of an adapter that lies flat: a and b of each target (static), and its scale."""
+
+    targets: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    scale: float
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(a) + math.prod(b) for _, a, b in self.targets)
+
+
+def form_of(adapter: Adapter) -> Form:
+    """Returns the form of an adapter, or of its shapes."""
+    targets = ((name, adapter.a[name].shape, adapter.b[name].shape) for name in adapter.a)
+    return Form(tuple(targets), adapter.scale)
+
+
+def flat(adapter: Adapter) -> jax.Array:
+    """Returns an adapter's numbers [p] in one array."""
+    pairs = [(adapter.a[name], adapter.b[name]) for name in adapter.a]
+    return jnp.concatenate([x.ravel() for pair in pairs for x in pair])
+
+
+def unflat(numbers_p: jax.Array, form: Form) -> Adapter:
+    """Returns the adapter whose numbers these are."""
+    a, b, start = {}, {}, 0
+    for name, *shapes in form.targets:
+        for home, shape in zip((a, b), shapes, strict=True):
+            end = start + math.prod(shape)
+            home[name] = numbers_p[start:end].reshape(shape)
+            start = end
+    return Adapter(a, b, form.scale)
+
+
+def _work(lanes: Lanes, visit: Visit, taken: np.ndarray) -> Work:
+    """Returns the arrays of a call; `taken` counts the steps of each candidate before it."""
     size = (visit.width, visit.size.rows, visit.size.t)
     tokens = np.full(size, lanes.eos_id, np.int32)
     weights, segments = np.zeros(size, np.int8), np.zeros(size, np.int32)
     lane = np.full(visit.width, len(lanes.total_c), np.int32)
-    rates, totals = np.zeros(visit.width, np.float32), np.zeros(visit.width, np.int32)
+    rates = np.zeros(visit.width, np.float32)
+    steps, totals = np.zeros(visit.width, np.int32), np.zeros(visit.width, np.int32)
     for k, (i, j) in enumerate(visit.lanes):
         slots_lib.write(lanes.steps[i][j], tokens[k], weights[k], segments[k])
-        lane[k], rates[k], totals[k] = i, lanes.learning_rate_c[i], lanes.total_c[i]
-    return Work(lane, tokens, weights, segments, rates, totals)
+        lane[k], steps[k] = i, taken[i]
+        rates[k], totals[k] = lanes.learning_rate_c[i], lanes.total_c[i]
+    return Work(lane, steps, tokens, weights, segments, rates, totals)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("settings", "remat", "predicted"),
-    donate_argnames=("state", "losses"),
+    static_argnames=("form", "settings", "remat", "predicted"),
+    donate_argnames=("state_c3p", "losses_ci"),
 )
 def advance(
     params: Params,
-    state: optim.TrainState,
-    losses: jax.Array,
+    state_c3p: jax.Array,
+    losses_ci: jax.Array,
     work: Work,
     *,
+    form: Form,
     settings: config_lib.Inner,
     remat: bool,
     predicted: int = 0,
-) -> tuple[optim.TrainState, jax.Array]:
-    """Returns the candidates' states [c, ...] after one step of some, and losses [c, i].
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the candidates' states after one step of some, and their losses.
+
+    Both are changed in place. The state is a single array for that: of several, XLA copies those
+    that it may still read for another one's change, all candidates' at every step.
 
     Args:
+      state_c3p: Adapters and Adam's two moments, flat.
       predicted: See `optim.loss`.
     """
 
-    def one(state, tokens_bt, weights_bt, segments_bt, peak, total):
+    def one(state_3p, taken, tokens_bt, weights_bt, segments_bt, peak, total):
         rate = lambda step: optim.learning_rate(
             settings.schedule, step, peak, total, settings.warmup_steps
         )
@@ -209,20 +253,38 @@ def advance(
         loss_of = lambda adapter: optim.loss(
             params, adapter, *texts, remat=remat, predicted=predicted
         )
-        return optim.step(
+        adapter, *moments = (unflat(numbers_p, form) for numbers_p in state_3p)
+        state = optim.state(adapter, *moments, taken)
+        state, seen = optim.step(
             state, loss_of, rate, clip=settings.clip, weight_decay=settings.weight_decay
         )
+        kept = (state.trained, state.moments.mu, state.moments.nu)
+        return jnp.stack([flat(part) for part in kept]), seen.loss
 
-    own = jax.tree.map(lambda x: x.at[work.lane_k].get(mode="clip"), state)
-    new, seen = jax.vmap(one)(
-        own, work.tokens, work.weights, work.segments, work.learning_rate_k, work.total_k
+    own_k3p = state_c3p.at[work.lane_k].get(mode="clip")
+    new_k3p, loss_k = jax.vmap(one)(
+        own_k3p,
+        work.step_k,
+        work.tokens,
+        work.weights,
+        work.segments,
+        work.learning_rate_k,
+        work.total_k,
     )
-    losses = losses.at[work.lane_k, own.step].set(seen.loss, mode="drop")
-    put = lambda every, some: every.at[work.lane_k].set(some, mode="drop")
-    return jax.tree.map(put, state, new), losses
+    losses_ci = losses_ci.at[work.lane_k, work.step_k].set(loss_k, mode="drop")
+    return state_c3p.at[work.lane_k].set(new_k3p, mode="drop"), losses_ci
 
 
-_start = jax.jit(jax.vmap(optim.init))
+@jax.jit
+def _start(adapters: Adapter) -> jax.Array:
+    numbers_cp = jax.vmap(flat)(adapters)
+    nothing = jnp.zeros_like(numbers_cp)
+    return jnp.stack([numbers_cp, nothing, nothing], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _end(state_c3p: jax.Array, form: Form) -> Adapter:
+    return jax.vmap(lambda state_3p: unflat(state_3p[0], form))(state_c3p)
 
 
 def run(
@@ -234,12 +296,16 @@ def run(
     """
     if model.few_layers(params.config):  # of many layers nothing may be copied
         params = model.apart(params)
-    state = _start(adapters)
-    nothing = np.full((len(lanes.total_c), lanes.room), np.nan, np.float32)
-    losses = jax.device_put(nothing)
+    form = form_of(jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), adapters))
+    state_c3p = _start(adapters)
+    losses_ci = jax.device_put(np.full((len(lanes.total_c), lanes.room), np.nan, np.float32))
+    taken = np.zeros(len(lanes.total_c), np.int32)
     for visit in lanes.visits:
-        work = jax.device_put(_work(lanes, visit))
-        static = {"settings": settings, "remat": remat, "predicted": visit.size.predicted}
-        with streams.first_call((visit.width, visit.size, losses.shape, settings, params.config)):
-            state, losses = advance(params, state, losses, work, **static)
-    return state.trained, losses
+        work = jax.device_put(_work(lanes, visit, taken))
+        taken[[i for i, _ in visit.lanes]] += 1
+        static = {"form": form, "settings": settings, "remat": remat}
+        static["predicted"] = visit.size.predicted
+        program = (visit.width, visit.size, losses_ci.shape, form, settings, params.config)
+        with streams.first_call(program):
+            state_c3p, losses_ci = advance(params, state_c3p, losses_ci, work, **static)
+    return _end(state_c3p, form), losses_ci

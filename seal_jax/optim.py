@@ -118,6 +118,11 @@ def init(trained: Any, *, b2: float = 0.999) -> TrainState:
     return TrainState(trained, _adam(b2).init(trained), jnp.zeros((), jnp.int32))
 
 
+def state(trained: Any, mean: Any, variance: Any, steps: jax.Array) -> TrainState:
+    """Returns the state after some steps, given Adam's moments of what is trained."""
+    return TrainState(trained, optax.ScaleByAdamState(steps, mean, variance), steps)
+
+
 def step(
     state: TrainState,
     loss_of: Callable[[Any], jax.Array],
