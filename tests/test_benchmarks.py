@@ -33,7 +33,8 @@ def test_what_a_gpu_will_run_runs_here(tmp_path):
     result = quick("gpu", tmp_path)
     assert all(0 <= gap < 3e-2 for gap in result["numerics"].values())
     (found,) = result["shapes"].values()
-    assert found["round"]["self_edits"] == 3 * 5 * 2 and found["round"]["seconds"] > 0
+    assert found["round"]["self_edits"] == found["projected"]["self_edits"] == 3 * 5 * 2
+    assert found["round"]["seconds"] > 0 and found["projected"]["seconds"] > 0
     assert found["adapters"]["q, v"]["chunks"][-1]["share_of_floor"] > 0
     for case in found["generation"].values():
         assert case["tokens_per_s"] > 0 and case.get("agreement", 1.0) == 1.0
