@@ -15,12 +15,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import dataclasses
 
+import inner_loop
 import jax
 import machine
 import numpy as np
 import workload
 
-from seal_jax import batching, inner, lanes
+from seal_jax import batching, lanes
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch, SelfEdit
 from seal_jax.config import Arc, Inner, Lora
@@ -102,7 +103,7 @@ def shares(way: str, chunks: list[slots_lib.Chunk], size: int) -> dict[str, Any]
 def timed(params, batch: Batch, chunk: int, repeats: int) -> dict[str, Any]:
     """Returns candidates a second in lanes, and seconds of compiling."""
     chunks = list(lanes.arrange(batch, chunk, KEY))
-    work = lambda: [inner.adapt_chunk(params, batch, one, KEY, _LORA) for one in chunks]
+    work = lambda: inner_loop.all_chunks(params, batch, chunks, _LORA)
     with machine.Compiling() as compiling:
         machine.wait(work())
     took = machine.seconds(work, repeats, warm=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_USUAL = ["adapt", str(ROOT / "configs" / "tiny_world.yaml")]
+_USUAL = ["adapt", "configs/tiny_world.yaml"]  # run from the root
 _QUICK = ["outer.contexts=2", "sampling.n=2", "inner.epochs=1", "sampling.max_tokens=16"]
 
 

@@ -138,7 +138,7 @@ def _lowered_call(config, dtype, adapter, settings, size, count):
     rows, t = size.rows, size.t
     width = lanes.width_of(size, count)
     params = jax.eval_shape(model_lib.layers_apart, params_lib.shapes(config, jnp.dtype(dtype)))
-    form = lanes.form_of(lora.shapes(config, adapter))
+    form = lora.form_of(lora.shapes(config, adapter))
     state = of((count, 3, form.size), jnp.float32)
     work = lanes.Work(
         of((width,), jnp.int32),

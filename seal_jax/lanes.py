@@ -8,7 +8,6 @@ that the cache of compiled programs has it.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
-from seal_jax import model, optim, streams
+from seal_jax import lora, model, optim, streams
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch, Text, steps_of
 from seal_jax.lora import Adapter
@@ -170,40 +169,6 @@ def _plan(
     return visits
 
 
-class Form(NamedTuple):
-    """The shapes of an adapter that lies flat: a and b of each target (static), and its scale."""
-
-    targets: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    scale: float
-
-    @property
-    def size(self) -> int:
-        return sum(math.prod(a) + math.prod(b) for _, a, b in self.targets)
-
-
-def form_of(adapter: Adapter) -> Form:
-    """Returns the form of an adapter, or of its shapes."""
-    targets = ((name, adapter.a[name].shape, adapter.b[name].shape) for name in adapter.a)
-    return Form(tuple(targets), adapter.scale)
-
-
-def flat(adapter: Adapter) -> jax.Array:
-    """Returns an adapter's numbers [p] in one array."""
-    pairs = [(adapter.a[name], adapter.b[name]) for name in adapter.a]
-    return jnp.concatenate([x.ravel() for pair in pairs for x in pair])
-
-
-def unflat(numbers_p: jax.Array, form: Form) -> Adapter:
-    """Returns the adapter whose numbers these are."""
-    a, b, start = {}, {}, 0
-    for name, *shapes in form.targets:
-        for home, shape in zip((a, b), shapes, strict=True):
-            end = start + math.prod(shape)
-            home[name] = numbers_p[start:end].reshape(shape)
-            start = end
-    return Adapter(a, b, form.scale)
-
-
 def _work(lanes: Lanes, visit: Visit, taken: np.ndarray) -> Work:
     """Returns the arrays of a call; `taken` counts the steps of each candidate before it."""
     size = (visit.width, visit.size.rows, visit.size.t)
@@ -230,7 +195,7 @@ def advance(
     losses_ci: jax.Array,
     work: Work,
     *,
-    form: Form,
+    form: lora.Form,
     settings: config_lib.Inner,
     remat: bool,
     predicted: int = 0,
@@ -253,13 +218,13 @@ def advance(
         loss_of = lambda adapter: optim.loss(
             params, adapter, *texts, remat=remat, predicted=predicted
         )
-        adapter, *moments = (unflat(numbers_p, form) for numbers_p in state_3p)
+        adapter, *moments = (lora.unflat(numbers_p, form) for numbers_p in state_3p)
         state = optim.state(adapter, *moments, taken)
         state, seen = optim.step(
             state, loss_of, rate, clip=settings.clip, weight_decay=settings.weight_decay
         )
         kept = (state.trained, state.moments.mu, state.moments.nu)
-        return jnp.stack([flat(part) for part in kept]), seen.loss
+        return jnp.stack([lora.flat(part) for part in kept]), seen.loss
 
     own_k3p = state_c3p.at[work.lane_k].get(mode="clip")
     new_k3p, loss_k = jax.vmap(one)(
@@ -277,14 +242,14 @@ def advance(
 
 @jax.jit
 def _start(adapters: Adapter) -> jax.Array:
-    numbers_cp = jax.vmap(flat)(adapters)
+    numbers_cp = jax.vmap(lora.flat)(adapters)
     nothing = jnp.zeros_like(numbers_cp)
     return jnp.stack([numbers_cp, nothing, nothing], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _end(state_c3p: jax.Array, form: Form) -> Adapter:
-    return jax.vmap(lambda state_3p: unflat(state_3p[0], form))(state_c3p)
+def _end(state_c3p: jax.Array, form: lora.Form) -> Adapter:
+    return jax.vmap(lambda state_3p: lora.unflat(state_3p[0], form))(state_c3p)
 
 
 def run(
@@ -296,7 +261,7 @@ def run(
     """
     if model.few_layers(params.config):  # of many layers nothing may be copied
         params = model.apart(params)
-    form = form_of(jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), adapters))
+    form = lora.form_of(jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), adapters))
     state_c3p = _start(adapters)
     losses_ci = jax.device_put(np.full((len(lanes.total_c), lanes.room), np.nan, np.float32))
     taken = np.zeros(len(lanes.total_c), np.int32)

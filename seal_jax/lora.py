@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -146,3 +146,37 @@ def take(adapters: Adapter, index: jax.Array | int | Sequence[int] | slice) -> A
     if isinstance(index, list | tuple):
         index = jnp.asarray(index)
     return jax.tree.map(lambda leaf: leaf[index], adapters)
+
+
+class Form(NamedTuple):
+    """The shapes of an adapter that lies flat: a and b of each target (static), and its scale."""
+
+    targets: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    scale: float
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(a) + math.prod(b) for _, a, b in self.targets)
+
+
+def form_of(adapter: Adapter) -> Form:
+    """Returns the form of an adapter, or of its shapes."""
+    targets = ((name, adapter.a[name].shape, adapter.b[name].shape) for name in adapter.a)
+    return Form(tuple(targets), adapter.scale)
+
+
+def flat(adapter: Adapter) -> jax.Array:
+    """Returns an adapter's numbers [p] in one array."""
+    pairs = [(adapter.a[name], adapter.b[name]) for name in adapter.a]
+    return jnp.concatenate([x.ravel() for pair in pairs for x in pair])
+
+
+def unflat(numbers_p: jax.Array, form: Form) -> Adapter:
+    """Returns the adapter whose numbers these are."""
+    a, b, start = {}, {}, 0
+    for name, *shapes in form.targets:
+        for home, shape in zip((a, b), shapes, strict=True):
+            end = start + math.prod(shape)
+            home[name] = numbers_p[start:end].reshape(shape)
+            start = end
+    return Adapter(a, b, form.scale)

@@ -6,7 +6,6 @@ An adapter is a separate argument and may be None.
 """
 
 import functools
-import math
 import operator
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from seal_jax import attention, dims, lora, sharding
+from seal_jax import attention, dims, lora, rotary, sharding
 from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, table
 
@@ -29,43 +28,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
     return (weight * x32.astype(x.dtype)).astype(x.dtype)
-
-
-# Up to so many numbers the cosines (and the sines) of all positions are constants of a program.
-_ROTARY_TABLE = 1 << 17
-
-
-def rotary(
-    positions: jax.Array, config: ModelConfig, bound: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines of the rotary angles, float32, positions' shape plus [h].
-
-    Args:
-      bound: All positions are below it (static). With a low one they are looked up: computed where
-        they are used, XLA computes them anew in every layer, and on a CPU that takes long.
-    """
-    half = np.arange(0, config.d_head, 2, dtype=np.float64) / config.d_head
-    inverse = config.rope_theta**-half
-    if config.rope_scaling:
-        s = config.rope_scaling
-        turns = s.original_max_position_embeddings * inverse / (2 * math.pi)
-        smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        inverse = inverse * (smooth + (1 - smooth) / s.factor)
-    inverse = np.concatenate([inverse, inverse]).astype(np.float32)
-    if bound and bound * config.d_head <= _ROTARY_TABLE:
-        angles = np.arange(bound, dtype=np.float32)[:, None] * inverse
-        return jnp.asarray(np.cos(angles))[positions], jnp.asarray(np.sin(angles))[positions]
-    angles = positions[..., None].astype(jnp.float32) * inverse
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Returns heads [..., n, h] turned by the angles of their positions."""
-    cos, sin = (part[..., None, :] for part in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, -1)
-    turned = jnp.concatenate([-second, first], -1)
-    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
 def _layer(x_btd, weights, factors, scale, config, rope, attend, pick=lambda x: x):
@@ -94,7 +56,7 @@ def _layer(x_btd, weights, factors, scale, config, rope, attend, pick=lambda x: 
     if config.qk_norm:
         q = rms_norm(q, weights["q_norm"], config.rms_eps)
         k = rms_norm(k, weights["k_norm"], config.rms_eps)
-    mixed = attend(_rotate(pick(q), tuple(map(pick, rope))), _rotate(k, rope), v)
+    mixed = attend(rotary.turn(pick(q), tuple(map(pick, rope))), rotary.turn(k, rope), v)
     x_btd = pick(x_btd) + project("o", mixed.reshape(*mixed.shape[:-2], -1))
     y = rms_norm(x_btd, weights["mlp_norm"], config.rms_eps)
     return x_btd + project("down", jax.nn.silu(project("gate", y)) * project("up", y))
@@ -193,7 +155,7 @@ def hidden(
     else:
         mask = causal[None] & (jnp.abs(segments_bt)[:, :, None] == segments_bt[:, None, :])
         positions = segment_positions(segments_bt)
-    rope = rotary(positions, config, t)
+    rope = rotary.angles(positions, config, t)
     factors, scale = _factors(adapter)
 
     def pick(x: jax.Array) -> jax.Array:
@@ -321,7 +283,7 @@ def decode_step(
     config = params.config
     positions = jnp.broadcast_to((cache.length_b + cache.step)[:, None], token_bq.shape)
     prefix = jax.tree.leaves(cache.prefix_k)[0].shape[-1]
-    rope = rotary(positions, config, prefix + jax.tree.leaves(cache.suffix_k)[0].shape[-1])
+    rope = rotary.angles(positions, config, prefix + jax.tree.leaves(cache.suffix_k)[0].shape[-1])
     factors, scale = _factors(adapter)
 
     def body(x_bqd, inputs):

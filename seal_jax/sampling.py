@@ -132,11 +132,12 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
                 state = decoding.go_on(params, adapters, state, draws, **static)
         seen = (state.tokens, state.logprobs, state.count, state.done, state.step)
         tokens, logprobs, count, done, step = sharding.fetch(seen)
-        for at, place, q in np.ndindex(c, len(place_b), samples):
-            if (b_at := place_b[place]) >= 0:
-                own_at, n = (at, place, q), count[at, place, q]
-                one = Output(tokens[own_at][:n], logprobs[own_at][:n], bool(done[own_at]))
-                results[at][b_at][q:] = [one]
+        for at, place in np.ndindex(c, len(place_b)):
+            if place_b[place] >= 0:
+                results[at][place_b[place]] = [
+                    Output(tokens[i][: count[i]], logprobs[i][: count[i]], bool(done[i]))
+                    for i in [(at, place, q) for q in range(samples)]
+                ]
         if done.all() or step >= limit:
             break
         going = np.flatnonzero(~done.all(axis=(0, 2)) & (place_b >= 0))

@@ -18,6 +18,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 _MOST = 4
 
+# What JAX keeps for each thread: a block under one of these means the threads of its work too.
+_SETTINGS = {
+    "jax_default_device": jax.default_device,
+    "jax_default_matmul_precision": jax.default_matmul_precision,
+    "jax_transfer_guard_host_to_device": jax.transfer_guard_host_to_device,
+    "jax_transfer_guard_device_to_host": jax.transfer_guard_device_to_host,
+    "jax_transfer_guard_device_to_device": jax.transfer_guard_device_to_device,
+    "jax_disable_jit": jax.disable_jit,
+    "jax_debug_nans": jax.debug_nans,
+}
+
 _guard = threading.Lock()
 _first_calls: dict[Hashable, Any] = {}
 
@@ -41,13 +52,14 @@ def ordered(
     """Yields `work` of each item, in order; it runs ahead of the consumer by `streams` items.
 
     Args:
-      work: Runs in threads of its own, except with 0 streams.
+      work: Runs in threads of its own, except with 0 streams, under the caller's settings of JAX.
       streams: Items worked on at once; `count()` by default.
     """
     streams = count() if streams is None else streams
     if not streams:
         yield from map(work, items)
         return
+    work = _as_here(work)
     waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(streams) as pool:
         try:
@@ -60,6 +72,20 @@ def ordered(
         finally:  # the consumer may have stopped, or an item failed
             for future in waiting:
                 future.cancel()
+
+
+def _as_here(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """Returns the work, to be done in another thread under this thread's settings of JAX."""
+    here = {name: getattr(jax.config, name) for name in _SETTINGS}
+
+    def done(item: Item) -> Result:
+        with contextlib.ExitStack() as stack:
+            for name, value in here.items():
+                if value is not None:
+                    stack.enter_context(_SETTINGS[name](value))
+            return work(item)
+
+    return done
 
 
 @contextlib.contextmanager

@@ -22,6 +22,13 @@ def quick(name: str, folder: Path) -> dict:
     return json.loads(out.read_text())
 
 
+def check_cache(runs: dict) -> None:
+    """The first run finds no program in the cache, the second every one of them."""
+    first, second = runs["first"], runs["second"]
+    assert first["programs_from_cache"] == 0 < second["programs_asked_of_cache"]
+    assert second["programs_from_cache"] == second["programs_asked_of_cache"]
+
+
 def test_arc(tmp_path):
     result = quick("arc", tmp_path)
     assert result["machine"]["cores"] >= 1 and result["candidates"] == 4
@@ -41,9 +48,7 @@ def test_what_a_gpu_will_run_runs_here(tmp_path):
 
 
 def test_a_second_run_finds_its_programs_in_the_cache(tmp_path):
-    runs = quick("second_run", tmp_path)["runs"]
-    assert runs["second"]["programs_from_cache"] > 0
-    assert runs["second"]["compiling_s"] < runs["first"]["compiling_s"]
+    check_cache(quick("second_run", tmp_path)["runs"])
 
 
 @pytest.mark.slow
@@ -68,9 +73,7 @@ def test_generate(tmp_path):
 
 @pytest.mark.slow
 def test_round(tmp_path):
-    runs = quick("round", tmp_path)["runs"]
-    assert runs["second"]["programs_from_cache"] > 0
-    assert runs["second"]["compiling_s"] < runs["first"]["compiling_s"]
+    check_cache(quick("round", tmp_path)["runs"])
 
 
 @pytest.mark.slow

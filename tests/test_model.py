@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import attention, model
+from seal_jax import attention, model, rotary
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -109,8 +109,8 @@ def test_cached_decoding_equals_the_full_forward_pass(family, models, layout):
 def test_rotary_angles_are_the_same_looked_up_and_computed(family):
     positions = jnp.array([[0, 1, 2, 0, 1], [7, 3, 40, 41, 99]])
     config = toys.FAMILIES[family]
-    computed = model.rotary(positions, config)
-    looked_up = model.rotary(positions, config, 100)
+    computed = rotary.angles(positions, config)
+    looked_up = rotary.angles(positions, config, 100)
     # NumPy's cosine and XLA's differ in the last bit.
     chex.assert_trees_all_close(looked_up, computed, atol=1e-6, rtol=0)
     assert jnp.abs(computed[0]).min() < 0.9

@@ -3,6 +3,8 @@
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 
 from seal_jax import streams
@@ -46,6 +48,23 @@ def test_a_consumer_that_stops_leaves_nothing_running():
     next(results)
     results.close()
     assert threading.active_count() == running
+
+
+def test_work_is_done_under_the_settings_of_its_caller():
+    def seen(_):
+        moved = jax.jit(lambda x: x)
+        try:
+            moved(np.ones(3))  # a transfer that nothing names
+            refused = False
+        except jax.errors.JaxRuntimeError:
+            refused = True
+        return refused, jax.config.jax_default_matmul_precision, jax.config.jax_disable_jit
+
+    assert list(streams.ordered(seen, range(2), 2)) == [(False, None, False)] * 2
+    with jax.transfer_guard("disallow"), jax.default_matmul_precision("highest"):
+        assert list(streams.ordered(seen, range(2), 2)) == [(True, "highest", False)] * 2
+    with jax.disable_jit():
+        assert list(streams.ordered(seen, range(2), 2)) == [(False, None, True)] * 2
 
 
 def test_the_first_call_of_a_program_is_made_by_one_thread_alone():
