@@ -71,7 +71,8 @@ class Inner:
     chunk: Count = 0
     """Candidates adapted at a time; 0: the most that fit into a GPU or TPU, few on a CPU."""
     remat: Literal["auto", "none", "layers"] = "auto"
-    """Recompute activations in the backward pass, a layer at a time; auto: on accelerators."""
+    """Recompute activations in the backward pass, a layer at a time; auto: on accelerators, unless
+    they fit beside half as many candidates."""
 
 
 @dataclass(frozen=True)

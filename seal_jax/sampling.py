@@ -115,9 +115,11 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
     """Returns the sequences [c][b][samples] of one tile.
 
     In several programs, each with room for more tokens, as long as any sequence goes on; rows that
-    have ended are left behind where the rest fills no more than half the places.
+    have ended are left behind where the rest fills no more than half the places. On a mesh it is
+    one program, the one that `plan` has compiled.
     """
-    rooms = [*(r for r in _ROOMS_ON_THE_WAY if r < room), room]
+    on_the_way = _ROOMS_ON_THE_WAY if sharding.current() is None else ()
+    rooms = [*(r for r in on_the_way if r < room), room]
     c, b, _ = prompts[0].shape
     results: list[list[list[Output]]] = [[[] for _ in range(b)] for _ in range(c)]
     place_b = np.arange(b)
@@ -142,7 +144,7 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
             break
         going = np.flatnonzero(~done.all(axis=(0, 2)) & (place_b >= 0))
         width = 1 << (len(going) - 1).bit_length()
-        if sharding.current() is None and c == 1 and 2 * width <= len(place_b):
+        if c == 1 and 2 * width <= len(place_b):
             rows = np.full(width, -1)
             rows[: len(going)] = going
             state, draws = decoding.take_rows(state, jax.device_put(rows), draws)

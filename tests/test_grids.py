@@ -16,7 +16,7 @@ from seal_jax.errors import SelfEditError
 from seal_jax.tasks import arc
 from seal_jax.tasks.arc import compact, tasks
 from seal_jax.tasks.registry import load_task
-from seal_jax.tiny import grid_tokens, grids, pretrain, rules
+from seal_jax.tiny import grid_tokens, grids, rules
 
 FAMILIES = [(split, name) for split, group in rules.SPLITS.items() for name in group]
 
@@ -203,7 +203,7 @@ def test_the_built_in_model_writes_self_edits_that_the_real_parser_takes():
 
 
 def test_cells_are_trained_in_parts_that_tell_all_words_apart():
-    parts_vp = pretrain.word_parts()
+    parts_vp = grid_tokens.word_parts()
     assert parts_vp.shape[0] == len(grid_tokens.VOCABULARY)
     np.testing.assert_allclose((parts_vp**2).sum(1), 1.0, rtol=1e-6)
     assert len({row.tobytes() for row in parts_vp}) == len(parts_vp)

@@ -19,7 +19,6 @@ from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.model import ModelConfig, Params
 from seal_jax.optim import Measures, TrainState
-from seal_jax.tasks.arc import compact
 from seal_jax.tiny import grid_tokens, grids, world
 from seal_jax.tiny import tokens as tokens_lib
 
@@ -288,7 +287,7 @@ def tiny_grids(
     tokenizer = grid_tokens.build()
     batches = bucketed(grids.pretraining_sequences(seed), tokenizer.pad_token_id)
     steps = tokens // (BUCKETS[0][0] * BUCKETS[0][1])
-    parts_vp = word_parts()
+    parts_vp = grid_tokens.word_parts()
     params = model.init(tiny_grids_config(), seed)
     embed_pd = params.embed[: parts_vp.shape[1]]
     state = muon_state(params.replace(embed=embed_pd), steps)
@@ -297,27 +296,6 @@ def tiny_grids(
     seen = progress and (lambda at: progress(at._replace(params=whole(at.params))))
     params = whole(train(state, step, batches, steps, seen))
     return save(params, tokenizer, folder, grid_tokens.save)
-
-
-def word_parts() -> np.ndarray:
-    """Returns how words of the tiny grids are made of parts, [v, p].
-
-    A cell's embedding is trained as a sum over its row, column, colour, and the next cell's row and
-    column, so that every word shares what is learned of its parts; other words are a part each.
-    """
-    places, ends = compact.PLACES, compact.PLACES + 1  # a row more: what comes after the last
-    kinds = np.cumsum([0, places, places, len(compact.COLOUR_LETTERS), ends, ends])
-    others = [word for word in grid_tokens.VOCABULARY if word not in compact.CELLS]
-    parts = np.zeros((len(grid_tokens.VOCABULARY), kinds[-1] + len(others)), np.float32)
-    for word, number in grid_tokens.IDS.items():
-        cell = compact.CELLS.get(word)
-        if cell is None:
-            parts[number, kinds[-1] + others.index(word)] = 1.0
-            continue
-        following = (cell.row + 1, 0) if cell.last else (cell.row, cell.column + 1)
-        own = np.array([cell.row, cell.column, cell.colour, *following])
-        parts[number, kinds[:-1] + own] = len(own) ** -0.5
-    return parts
 
 
 def _empty(folder: str | Path) -> Path:
