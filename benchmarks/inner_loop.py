@@ -193,7 +193,7 @@ def timed_compile(work: Any) -> tuple[float, Any]:
 def steps_in_order(chunk: Chunk, at: int) -> list[np.ndarray]:
     """Returns the texts of a candidate in the order in which its steps visit them."""
     steps = chunk.slots.steps[at]
-    order = [j for visit in chunk.slots.visits for i, j in visit.lanes if i == at]
+    order = [j for visit in chunk.slots.visits for i, j, _ in visit.lanes if i == at]
     return [steps[j][0][0].tokens for j in order]
 
 

@@ -7,6 +7,7 @@ beside enough candidates.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ import numpy as np
 from seal_jax import config as config_lib
 from seal_jax import inner, lanes, lora, multihost, programs, sharding
 from seal_jax import model as model_lib
-from seal_jax import params as params_lib
 from seal_jax.batching import Batch, steps_of
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
@@ -42,7 +42,10 @@ def choose(
       limit: Bytes that a program may take on a device, weights included; None asks the device.
     """
     settings = batch.settings
-    if settings.chunk or not any(c.texts for c in batch.candidates):
+    automatic = settings.remat == "auto" and inner.recompute(settings)
+    if settings.chunk and (not automatic or sharding.of(params) is not None):
+        return settings
+    if not any(c.texts for c in batch.candidates):
         return settings
     limit = room(params) if limit is None else limit
     if limit is None:
@@ -55,23 +58,29 @@ def choose(
     counts = [n * unit for n in _COUNTS if n < need] + [
         next((n for n in _COUNTS if n >= need), _COUNTS[-1]) * unit
     ]
-    if mesh is None:
-        steps = [s for c in batch.candidates for s in steps_of(c.texts, settings.batch_size)]
-        size = max((lanes.size_of(step) for step in steps), key=lambda s: s.rows * s.t)
-        size = size._replace(predicted=size.t)
-    else:
+    if mesh is not None:
         longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
-        size = lanes.Size(1, longest, longest)
-    dtype = params.embed.dtype.name
-    bytes_of = functools.partial(_bytes, params.config, dtype, mesh, cfg.lora, size=size)
-    chunk = largest(functools.partial(bytes_of, settings), limit, tuple(counts))
-    how = ""
-    if mesh is None and settings.remat == "auto" and inner.recompute(settings):
-        kept = dataclasses.replace(settings, remat="none")
-        for count in [n for n in reversed(counts) if chunk // 2 <= n <= chunk]:
-            if (needed := bytes_of(kept, count)) is not None and needed <= limit:
-                settings, chunk, how = kept, count, ", activations kept"
-                break
+        lowered = functools.partial(_on_mesh, params.config, params.embed.dtype.name, mesh, longest)
+        chunk = largest(lambda n: _bytes(lowered, cfg.lora, settings, n), limit, tuple(counts))
+        return _said(settings, chunk, limit)
+    lowered = _lanes_of(params, batch)
+    bytes_of = lambda own, n: _bytes(lowered, cfg.lora, own, n)
+    each = _resident_bytes(params.config, cfg.lora)
+    kept = dataclasses.replace(settings, remat="none")
+    if settings.chunk:
+        needed = bytes_of(kept, settings.chunk)
+        return kept if needed is not None and needed <= limit else settings
+    if automatic and (count := most(functools.partial(bytes_of, kept), each, limit, counts)):
+        again = count < counts[-1] and most(
+            functools.partial(bytes_of, settings), each, limit, counts
+        )
+        if 2 * count >= again:
+            return _said(kept, count, limit, ", activations kept")
+    chunk = most(functools.partial(bytes_of, settings), each, limit, counts)
+    return _said(settings, chunk or counts[0], limit)
+
+
+def _said(settings, chunk: int, limit: int, how: str = "") -> config_lib.Inner:
     say(f"inner.chunk: {chunk} candidates at a time fit into {limit / 2**30:.1f} GiB{how}")
     return dataclasses.replace(settings, chunk=chunk)
 
@@ -110,49 +119,81 @@ def largest(bytes_of: Callable[[int], int | None], limit: int, counts: Sequence[
     return counts[0]
 
 
-@functools.lru_cache
+def most(
+    bytes_of: Callable[[int], int | None], each: int, limit: int, counts: Sequence[int]
+) -> int:
+    """Returns the largest of rising counts that fits; 0 where none does.
+
+    Tried from the largest: a call's own memory hardly depends on the count, so what the first
+    needs too much says where to go on.
+
+    Args:
+      bytes_of: Compiles for a count; None where the compiler itself refused.
+      each: Bytes by which a count needs more than the one before.
+    """
+    ceiling = counts[-1]
+    for count in reversed(counts):
+        if count > ceiling:
+            continue
+        needed = bytes_of(count)
+        if needed is None:
+            ceiling = count // 2
+        elif needed <= limit:
+            return count
+        else:
+            ceiling = count - max(1, (needed - limit) // each)
+    return 0
+
+
+def _resident_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
+    """Returns the bytes of a resident candidate: its state, and adapters that are done."""
+    numbers = lora.form_of(lora.shapes(config, adapter)).size
+    return 4 * numbers * (3 + 2 * lanes.GROUP)
+
+
 def _bytes(
-    config: ModelConfig,
-    dtype: str,
-    mesh: jax.sharding.Mesh | None,
-    adapter: config_lib.Lora,
-    settings: config_lib.Inner,
-    count: int,
-    size: lanes.Size,
+    lowered: Callable[..., Any], adapter: config_lib.Lora, settings: config_lib.Inner, count: int
 ) -> int | None:
-    """Returns the bytes on each device of the program for `count` candidates."""
-    if mesh is not None:
-        cfg = config_lib.Config(lora=adapter, inner=settings)
-        lowered = programs.inner_loop(config, cfg, mesh, count, size.t)
-    else:
-        lowered = _lowered_call(config, dtype, adapter, settings, size, count)
+    """Returns the bytes on each device of the largest program for `count` candidates."""
     try:
-        return programs.memory(programs.compiled(lowered)).total
+        program, more = lowered(adapter, settings, count)
+        return programs.memory(programs.compiled(program)).total + more
     except programs.TooBig:
         return None
 
 
-def _lowered_call(config, dtype, adapter, settings, size, count):
-    """Returns the lowered call of lanes of `size`, with `count` candidates resident."""
-    of = jax.ShapeDtypeStruct
-    rows, t = size.rows, size.t
-    width = lanes.width_of(size, count)
-    params = jax.eval_shape(model_lib.layers_apart, params_lib.shapes(config, jnp.dtype(dtype)))
-    form = lora.form_of(lora.shapes(config, adapter))
-    state = of((count, 3, form.size), jnp.float32)
-    work = lanes.Work(
-        of((width,), jnp.int32),
-        of((width,), jnp.int32),
-        of((width, rows, t), jnp.int32),
-        of((width, rows, t), jnp.int8),
-        of((width, rows, t), jnp.int32),
-        of((width,), jnp.float32),
-        of((width,), jnp.int32),
-    )
-    losses = of((count, lanes.LOSSES), jnp.float32)
-    program = {
-        "form": form,
-        "settings": inner.loop_settings(settings),
-        "remat": inner.recompute(settings),
-    }
-    return lanes.advance.lower(params, state, losses, work, **program)
+def _on_mesh(config, dtype, mesh, longest, adapter, settings, count):
+    cfg = config_lib.Config(lora=adapter, inner=settings)
+    return programs.inner_loop(config, cfg, mesh, count, longest), 0
+
+
+def _lanes_of(params: Params, batch: Batch) -> Callable[..., Any]:
+    """Returns what lowers the largest call of a batch, and says what else it needs in bytes."""
+    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+    config = params.config
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    if model_lib.few_layers(config):
+        shapes = jax.eval_shape(model_lib.layers_apart, shapes)
+
+    def lowered(adapter, settings, count):
+        of = jax.ShapeDtypeStruct
+        form = lora.form_of(lora.shapes(config, adapter))
+        width, size = lanes.largest_call(steps, count)
+        wp, wbt = (width, size.places), (width, size.rows, size.t)
+        numbers = [of(wp, jnp.int32)] * 3, [of(wp, jnp.float32), of(wp, jnp.int32)]
+        kinds = (jnp.int32, jnp.int8, jnp.int32, jnp.int8)
+        work = lanes.Work(*numbers[0], *(of(wbt, kind) for kind in kinds), *numbers[1])
+        done = lanes.GROUP * count if size.places > 1 else count
+        program = lanes.advance.lower(
+            shapes,
+            of((count, 3, form.size), jnp.float32),
+            of((done, lanes.LOSSES), jnp.float32),
+            work,
+            form=form,
+            settings=inner.loop_settings(settings),
+            remat=inner.recompute(settings),
+            predicted=size.predicted,
+        )
+        return program, 2 * 4 * done * form.size
+
+    return lowered

@@ -143,8 +143,7 @@ def adapt_chunk(
     ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
     program = {"settings": loop_settings(batch.settings), "remat": recompute(batch.settings)}
     if isinstance(chunk.slots, lanes.Lanes):
-        fresh = init_many(params.config, lora_settings, key, jax.device_put(ids))
-        return lanes.run(params, fresh, chunk.slots, **program)
+        return lanes.run(params, chunk.slots, ids, key, lora_settings, **program)
     mesh = sharding.of(params)
     slots = place(chunk.slots, mesh)
     ids, key = sharding.share_out(ids, mesh), sharding.share(key, mesh)

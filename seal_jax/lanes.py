@@ -1,13 +1,14 @@
-"""The inner loop on one device: many candidates at their own pace, a few of them in each call.
+"""The inner loop on one device: many candidates at their own pace, some of them in each call.
 
 `slots` runs a chunk in lockstep: every candidate waits for the longest text and the longest list.
-Here one call of a small program takes one step each of the few candidates whose next texts are
-alike in length; the host plans which. Little is padded, and a program depends on the number of
-resident candidates, lanes, rows and tokens alone: it is the same in every chunk, round and run, so
-that the cache of compiled programs has it.
+Here one call of a program takes one step each of some candidates that are resident; the host plans
+which (`visits`), and who moves in when another is done. Little is padded, and a program depends on
+the number of residents and the shape of the call alone: it is the same in every chunk, round and
+run, so that the cache of compiled programs has it.
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,181 +18,174 @@ import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
-from seal_jax import lora, model, optim, streams
+from seal_jax import lora, model, optim, streams, visits
 from seal_jax import slots as slots_lib
-from seal_jax.batching import Batch, Text, steps_of
+from seal_jax.batching import Batch, steps_of
 from seal_jax.lora import Adapter
-from seal_jax.params import Params
+from seal_jax.params import ModelConfig, Params
 from seal_jax.slots import Chunk
+from seal_jax.visits import Move, Size, Step, Visit
 
-# Tokens of a text are padded to one of these: 4 in 5 tokens of real self-edits are then useful.
-_LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
-# Tokens in a call: as few as keep the device busy, since fewer lanes are easier to fill.
-_TOKENS = {"cpu": 64, "other": 1024}
+_ALIKE = 512  # of calls with more tokens, steps of several candidates share a row
 LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
-
-Step = list[list[Text]]  # rows of texts
-
-
-class Size(NamedTuple):
-    """What a call has room for in each lane: rows of t tokens, of which `predicted` count."""
-
-    rows: int
-    t: int
-    predicted: int
-
-
-class Visit(NamedTuple):
-    """One call: for each lane which candidate takes which of its steps."""
-
-    lanes: tuple[tuple[int, int], ...]
-    width: int
-    size: Size
+_MOVES = 8  # candidates that move at once
+# Chunks' worth of candidates that share the places of one, where calls are packed.
+GROUP = 4
 
 
 class Lanes(NamedTuple):
     """What a chunk of candidates trains on, and in which calls.
 
     Attributes:
+      start: Who moves in before the first call.
       steps: Per candidate, the steps of an epoch.
       total_c: Steps each candidate takes.
+      residents: Candidates whose states are held at a time.
       room: Losses to keep of each, the same for all chunks.
     """
 
+    start: tuple[Move, ...]
     visits: list[Visit]
     steps: list[list[Step]]
     learning_rate_c: np.ndarray
     total_c: np.ndarray
+    residents: int
     room: int
     eos_id: int
 
 
 @struct.dataclass
 class Work:
-    """Arrays of one call; lane k is candidate `lane_k` (c: nobody), which took `step_k` before."""
+    """Arrays of one call: of w groups, each with the steps of p candidates.
 
-    lane_k: jax.Array
-    step_k: jax.Array
+    Attributes:
+      resident_wp: Where their states are; past the last: nobody.
+      candidate_wp: Who they are, for the losses.
+      step_wp: Steps they took before.
+      tokens, weights, segments: [w, b, t].
+      place: [w, b, t], to which of the p a token belongs; -1: padding.
+    """
+
+    resident_wp: jax.Array
+    candidate_wp: jax.Array
+    step_wp: jax.Array
     tokens: jax.Array
     weights: jax.Array
     segments: jax.Array
-    learning_rate_k: jax.Array
-    total_k: jax.Array
+    place: jax.Array
+    learning_rate_wp: jax.Array
+    total_wp: jax.Array
 
 
-def arrange(batch: Batch, chunk: int, key: jax.Array, tokens: int = 0) -> Iterator[Chunk]:
-    """Yields chunks of `chunk` candidates each, similar in number of steps.
+def _packed(residents: int, tokens: int = 0) -> bool:
+    """Returns whether steps of several residents share a row, by the tokens of a call."""
+    return residents > 1 and visits.most_tokens(tokens) > _ALIKE
+
+
+def largest_call(steps: list[list[Step]], residents: int) -> tuple[int, Size]:
+    """Returns width and size of the call with the most tokens that `arrange` plans."""
+    if _packed(residents):
+        return max(visits.shapes_for(steps, residents), key=lambda x: x[0] * x[1].t)
+    size = max(map(visits.size_of, itertools.chain(*steps)), key=lambda s: s.rows * s.t)
+    return visits.width_of(size, residents), size._replace(predicted=size.t)
+
+
+def arrange(
+    batch: Batch, residents: int, key: jax.Array, tokens: int = 0, packed: bool | None = None
+) -> Iterator[Chunk]:
+    """Yields chunks of candidates, similar in number of steps.
 
     A candidate's own texts and their order depend on `key` and on it alone, never on its company;
     they are those of `slots.arrange`.
 
     Args:
-      chunk: Candidates resident at a time; 0 takes all.
+      residents: Candidates whose states are held at a time; 0 takes all.
       key: Draws the order of steps in each epoch.
       tokens: Tokens in a call, about; 0 chooses by the device.
+      packed: Whether steps of several candidates share a row; None chooses by the device.
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
     order = slots_lib.by_work(steps, total)
-    chunk = min(chunk or len(order), 1 << max(len(order) - 1, 0).bit_length())
+    most = 1 << max(len(order) - 1, 0).bit_length()
+    residents = min(residents or len(order), most)
     room = LOSSES
     while room < max(total, default=0):
         room *= 2
     order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
+    packed = _packed(residents, tokens) if packed is None else packed
+    packed = packed and residents > 1 and any(total)
+    shapes = visits.shapes_for(steps, residents, tokens) if packed else []
+    chunk = min(GROUP * residents, most) if packed else residents
     for start in range(0, len(order), chunk):
         group = order[start : start + chunk]
         index = np.full(chunk, -1)
         index[: len(group)] = group
         queues = [order_of(batch.candidates[i].epochs, len(steps[i])) for i in group]
-        visits = _plan([steps[i] for i in group], queues, tokens, chunk)
+        own = [steps[i] for i in group]
+        if packed:
+            plan = visits.packed(own, queues, shapes, residents)
+        else:
+            plan = visits.alike(own, queues, tokens, residents)
         rates, counts = np.zeros(chunk, np.float32), np.zeros(chunk, np.int32)
         rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
         counts[: len(group)] = [total[i] for i in group]
-        own = [steps[i] for i in group]
-        lanes = Lanes(visits, own, rates, counts, room, batch.eos_id)
+        lanes = Lanes(*plan, own, rates, counts, residents, room, batch.eos_id)
         useful = sum(
             batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
             for i in group
         )
-        processed = sum(v.width * v.size.rows * v.size.t for v in visits)
-        yield Chunk(index, lanes, useful, processed, sum(v.width for v in visits))
+        processed = sum(v.tokens for v in plan.visits)
+        yield Chunk(
+            index,
+            lanes,
+            useful,
+            processed,
+            sum(len(v.lanes) for v in plan.visits) if packed else sum(v.width for v in plan.visits),
+        )
 
 
-def size_of(step: Step) -> Size:
-    """Returns what holds a step: a power of two of rows, one of few lengths and few parts of it."""
-    longest = max(sum(len(text.tokens) for text in row) for row in step)
-    t = next((x for x in _LENGTHS if x >= longest), -(-longest // 256) * 256)
-    count = max(sum(int(np.count_nonzero(text.weights)) for text in row) for row in step)
-    predicted = t
-    while predicted >= 2 * max(count, _LENGTHS[0]):  # halves: few programs differ in it
-        predicted //= 2
-    return Size(1 << (len(step) - 1).bit_length(), t, predicted)
+def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Work:
+    """Returns the arrays of a call.
 
-
-def width_of(size: Size, chunk: int, tokens: int = 0) -> int:
-    """Returns the lanes of a call of this size (`tokens` as in `arrange`)."""
-    tokens = tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
-    return max(1, min(chunk, tokens // (size.rows * size.t)))
-
-
-def _plan(
-    steps: Sequence[list[Step]], queues: Sequence[np.ndarray], tokens: int, chunk: int
-) -> list[Visit]:
-    """Returns the calls that take every candidate through its queue of steps.
-
-    Each call is of the size that fills most of its lanes at that moment; lanes left over go to
-    candidates whose next step is smaller. Those with the most steps ahead of them go first.
+    Args:
+      taken: Steps of each candidate before it.
+      home: Where each candidate is resident.
     """
-    sizes = [[size_of(step) for step in own] for own in steps]
-    at = [0] * len(steps)
-    left = [len(queue) for queue in queues]
-    live = {i for i, n in enumerate(left) if n}
-    visits = []
-    while live:
-        ready: dict[Size, list[int]] = {}
-        for i in sorted(live, key=lambda i: (-left[i], i)):
-            ready.setdefault(sizes[i][queues[i][at[i]]], []).append(i)
-        fills = [
-            (min(1.0, len(own) / width_of(size, chunk, tokens)), left[own[0]], size)
-            for size, own in ready.items()
-        ]
-        size = max(fills)[2]
-        width = width_of(size, chunk, tokens)
-        others = [s for s in sorted(ready, key=lambda s: -s.rows * s.t) if s != size]
-        others = [s for s in others if all(a <= b for a, b in zip(s, size, strict=True))]
-        chosen = [i for s in [size, *others] for i in ready[s]][:width]
-        visits.append(Visit(tuple((i, int(queues[i][at[i]])) for i in chosen), width, size))
-        for i in chosen:
-            at[i] += 1
-            left[i] -= 1
-            if not left[i]:
-                live.remove(i)
-    return visits
-
-
-def _work(lanes: Lanes, visit: Visit, taken: np.ndarray) -> Work:
-    """Returns the arrays of a call; `taken` counts the steps of each candidate before it."""
-    size = (visit.width, visit.size.rows, visit.size.t)
+    _, _, t, places = rows_t = (visit.width, visit.size.rows, visit.size.t, visit.size.places)
+    size, wp = rows_t[:3], (visit.width, places)
     tokens = np.full(size, lanes.eos_id, np.int32)
     weights, segments = np.zeros(size, np.int8), np.zeros(size, np.int32)
-    lane = np.full(visit.width, len(lanes.total_c), np.int32)
-    rates = np.zeros(visit.width, np.float32)
-    steps, totals = np.zeros(visit.width, np.int32), np.zeros(visit.width, np.int32)
-    for k, (i, j) in enumerate(visit.lanes):
-        slots_lib.write(lanes.steps[i][j], tokens[k], weights[k], segments[k])
-        lane[k], steps[k] = i, taken[i]
-        rates[k], totals[k] = lanes.learning_rate_c[i], lanes.total_c[i]
-    return Work(lane, steps, tokens, weights, segments, rates, totals)
+    place = np.full(size, -1, np.int8)
+    resident, candidate = np.full(wp, lanes.residents, np.int32), np.full(wp, len(lanes.total_c))
+    rates, steps, totals = np.zeros(wp, np.float32), np.zeros(wp, np.int32), np.zeros(wp, np.int32)
+    used = np.zeros(visit.width, int)
+    for i, j, at in visit.lanes:
+        w, p = divmod(at, places)
+        rows = lanes.steps[i][j]
+        if places > 1:  # side by side in the group's one row
+            rows = [[text for row in rows for text in row]]
+            end = used[w] + visits.tokens_of(rows)
+            span = (w, slice(None), slice(used[w], end))
+            used[w] = end
+        else:
+            span = (w,)
+        slots_lib.write(rows, tokens[span], weights[span], segments[span], 1 + p * t)
+        place[span] = p
+        resident[w, p], candidate[w, p], steps[w, p] = home[i], i, taken[i]
+        rates[w, p], totals[w, p] = lanes.learning_rate_c[i], lanes.total_c[i]
+    candidate = candidate.astype(np.int32)
+    return Work(resident, candidate, steps, tokens, weights, segments, place, rates, totals)
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("form", "settings", "remat", "predicted"),
-    donate_argnames=("state_c3p", "losses_ci"),
+    donate_argnames=("state_c3n", "losses_ci"),
 )
 def advance(
     params: Params,
-    state_c3p: jax.Array,
+    state_c3n: jax.Array,
     losses_ci: jax.Array,
     work: Work,
     *,
@@ -200,77 +194,155 @@ def advance(
     remat: bool,
     predicted: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the candidates' states after one step of some, and their losses.
+    """Returns the residents' states after one step of some, and the candidates' losses.
 
     Both are changed in place. The state is a single array for that: of several, XLA copies those
-    that it may still read for another one's change, all candidates' at every step.
+    that it may still read for another one's change, all residents' at every step.
 
     Args:
-      state_c3p: Adapters and Adam's two moments, flat.
+      state_c3n: Adapters and Adam's two moments, flat.
       predicted: See `optim.loss`.
     """
 
-    def one(state_3p, taken, tokens_bt, weights_bt, segments_bt, peak, total):
-        rate = lambda step: optim.learning_rate(
-            settings.schedule, step, peak, total, settings.warmup_steps
-        )
-        texts = (tokens_bt, weights_bt, segments_bt)
-        loss_of = lambda adapter: optim.loss(
-            params, adapter, *texts, remat=remat, predicted=predicted
-        )
-        adapter, *moments = (lora.unflat(numbers_p, form) for numbers_p in state_3p)
-        state = optim.state(adapter, *moments, taken)
-        state, seen = optim.step(
-            state, loss_of, rate, clip=settings.clip, weight_decay=settings.weight_decay
-        )
-        kept = (state.trained, state.moments.mu, state.moments.nu)
-        return jnp.stack([lora.flat(part) for part in kept]), seen.loss
+    def one(state_p3n, taken_p, tokens_bt, weights_bt, segments_bt, place_bt, peak_p, total_p):
+        texts = (tokens_bt, weights_bt, segments_bt, place_bt)
 
-    own_k3p = state_c3p.at[work.lane_k].get(mode="clip")
-    new_k3p, loss_k = jax.vmap(one)(
-        own_k3p,
-        work.step_k,
+        def losses_of(adapters: Adapter) -> tuple[jax.Array, jax.Array]:
+            losses_p = optim.losses(params, adapters, *texts, remat=remat, predicted=predicted)
+            return jnp.sum(losses_p), losses_p  # of one candidate each
+
+        adapters = jax.vmap(lambda state_3n: lora.unflat(state_3n[0], form))(state_p3n)
+        if isinstance(params.layers["o"], list):
+            adapters = lora.apart(adapters)
+        (_, losses_p), grads = jax.value_and_grad(losses_of, has_aux=True)(adapters)
+        if isinstance(params.layers["o"], list):
+            grads = lora.together(grads)
+        grads_pn = jax.vmap(lora.flat)(grads)
+
+        def update(state_3n, taken, loss, grads_n, peak, total):
+            rate = lambda step: optim.learning_rate(
+                settings.schedule, step, peak, total, settings.warmup_steps
+            )
+            state, _ = optim.update(
+                optim.state(*state_3n, taken),
+                loss,
+                grads_n,
+                rate,
+                clip=settings.clip,
+                weight_decay=settings.weight_decay,
+            )
+            return jnp.stack([state.trained, state.moments.mu, state.moments.nu])
+
+        every = (state_p3n, taken_p, losses_p, grads_pn, peak_p, total_p)
+        return jax.vmap(update)(*every), losses_p
+
+    own_wp3n = state_c3n.at[work.resident_wp].get(mode="clip")
+    new_wp3n, loss_wp = jax.vmap(one)(
+        own_wp3n,
+        work.step_wp,
         work.tokens,
         work.weights,
         work.segments,
-        work.learning_rate_k,
-        work.total_k,
+        work.place,
+        work.learning_rate_wp,
+        work.total_wp,
     )
-    losses_ci = losses_ci.at[work.lane_k, work.step_k].set(loss_k, mode="drop")
-    return state_c3p.at[work.lane_k].set(new_k3p, mode="drop"), losses_ci
+    losses_ci = losses_ci.at[work.candidate_wp, work.step_wp].set(loss_wp, mode="drop")
+    return state_c3n.at[work.resident_wp].set(new_wp3n, mode="drop"), losses_ci
 
 
-@jax.jit
-def _start(adapters: Adapter) -> jax.Array:
-    numbers_cp = jax.vmap(lora.flat)(adapters)
-    nothing = jnp.zeros_like(numbers_cp)
-    return jnp.stack([numbers_cp, nothing, nothing], axis=1)
+@functools.partial(
+    jax.jit, static_argnames=("config", "settings"), donate_argnames=("state_c3n", "done_cn")
+)
+def move(
+    state_c3n: jax.Array,
+    done_cn: jax.Array,
+    key: jax.Array,
+    moves_m4: jax.Array,
+    *,
+    config: ModelConfig,
+    settings: config_lib.Lora,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns residents' states and adapters that are done, after some moves; in place.
+
+    Args:
+      key: A fresh adapter depends on it and on its candidate's id.
+      moves_m4: Resident, who leaves, where one enters (past the last: nobody), and its id.
+    """
+    resident, leaves, enters, ids = moves_m4.T
+    done_cn = done_cn.at[leaves].set(state_c3n.at[resident, 0].get(mode="clip"), mode="drop")
+    fresh = lambda name: lora.flat(lora.init(config, settings, jax.random.fold_in(key, name)))
+    fresh_mn = jax.vmap(fresh)(jax.lax.bitcast_convert_type(ids, jnp.uint32))
+    nothing = jnp.zeros_like(fresh_mn)
+    start_m3n = jnp.stack([fresh_mn, nothing, nothing], axis=1)
+    return state_c3n.at[enters].set(start_m3n, mode="drop"), done_cn
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(residents: int, count: int, size: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros((residents, 3, size), jnp.float32), jnp.zeros((count, size), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="form")
-def _end(state_c3p: jax.Array, form: lora.Form) -> Adapter:
-    return jax.vmap(lambda state_3p: lora.unflat(state_3p[0], form))(state_c3p)
+def _unflat(done_cn: jax.Array, form: lora.Form) -> Adapter:
+    return jax.vmap(lambda numbers_n: lora.unflat(numbers_n, form))(done_cn)
 
 
 def run(
-    params: Params, adapters: Adapter, lanes: Lanes, *, settings: config_lib.Inner, remat: bool
+    params: Params,
+    lanes: Lanes,
+    ids: np.ndarray,
+    key: jax.Array,
+    adapter: config_lib.Lora,
+    *,
+    settings: config_lib.Inner,
+    remat: bool,
 ) -> tuple[Adapter, jax.Array]:
     """Returns the adapters [c, ...] after their inner loops, and losses [c, i], NaN past the last.
 
     Returns before the device is done.
+
+    Args:
+      ids: Of all candidates; a fresh adapter depends on `key` and its candidate's id.
     """
     if model.few_layers(params.config):  # of many layers nothing may be copied
         params = model.apart(params)
-    form = lora.form_of(jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), adapters))
-    state_c3p = _start(adapters)
-    losses_ci = jax.device_put(np.full((len(lanes.total_c), lanes.room), np.nan, np.float32))
-    taken = np.zeros(len(lanes.total_c), np.int32)
+    form = lora.form_of(lora.shapes(params.config, adapter))
+    count = len(lanes.total_c)
+    state_c3n, done_cn = _empty(lanes.residents, count, form.size)
+    losses_ci = jax.device_put(np.full((count, lanes.room), np.nan, np.float32))
+    taken, home = np.zeros(count, np.int32), np.zeros(count, np.int32)
+
+    def moved(moves: Sequence[Move]) -> None:
+        nonlocal state_c3n, done_cn
+        most = min(_MOVES, lanes.residents)
+        for part in (moves[at : at + most] for at in range(0, len(moves), most)):
+            rows = np.full((most, 4), (0, count, lanes.residents, 0), np.int64)
+            for row, (resident, leaves, enters) in zip(rows, part, strict=False):
+                row[0] = resident
+                if leaves >= 0:
+                    row[1] = leaves
+                if enters >= 0:
+                    row[2:] = resident, ids[enters]
+                    home[enters] = resident
+            moves_m4 = jax.device_put(rows.astype(np.uint32).view(np.int32))
+            static = {"config": params.config, "settings": adapter}
+            with streams.first_call((rows.shape, done_cn.shape, form)):
+                state_c3n, done_cn = move(state_c3n, done_cn, key, moves_m4, **static)
+
+    for i in np.flatnonzero(lanes.total_c == 0):  # an adapter that nobody trains
+        if i < len(lanes.steps):
+            moved([Move(0, -1, int(i))])
+            moved([Move(0, int(i), -1)])
+    moved(lanes.start)
     for visit in lanes.visits:
-        work = jax.device_put(_work(lanes, visit, taken))
-        taken[[i for i, _ in visit.lanes]] += 1
+        work = jax.device_put(_work(lanes, visit, taken, home))
+        taken[[lane.candidate for lane in visit.lanes]] += 1
         static = {"form": form, "settings": settings, "remat": remat}
         static["predicted"] = visit.size.predicted
-        program = (visit.width, visit.size, losses_ci.shape, form, settings, params.config)
-        with streams.first_call(program):
-            state_c3p, losses_ci = advance(params, state_c3p, losses_ci, work, **static)
-    return _end(state_c3p, form), losses_ci
+        shapes = (state_c3n.shape, losses_ci.shape, visit.width, visit.size)
+        with streams.first_call((shapes, form, settings, remat, params.config)):
+            state_c3n, losses_ci = advance(params, state_c3n, losses_ci, work, **static)
+        moved(visit.moves)
+    del state_c3n
+    return _unflat(done_cn, form), losses_ci

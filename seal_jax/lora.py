@@ -81,18 +81,31 @@ def project(
     bias: jax.Array | None = None,
     factors: tuple[jax.Array, jax.Array] | None = None,
     scale: float = 1.0,
+    ranks: jax.Array | None = None,
 ) -> jax.Array:
     """Returns x·(weight + scale·a·b) + bias without ever forming the sum, in x's dtype."""
     y = x @ weight.astype(x.dtype)
     if factors is not None:
-        y += change(x, factors, scale)
+        y += change(x, factors, scale, ranks)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
-def change(x: jax.Array, factors: tuple[jax.Array, jax.Array], scale: float) -> jax.Array:
-    """Returns x·(scale·a·b), what an adapter adds to a projection of x, in x's dtype."""
+def change(
+    x: jax.Array,
+    factors: tuple[jax.Array, jax.Array],
+    scale: float,
+    ranks: jax.Array | None = None,
+) -> jax.Array:
+    """Returns x·(scale·a·b), what an adapter adds to a projection of x, in x's dtype.
+
+    Args:
+      ranks: Which of the ranks act, of each row of x; all, if None. See `side_by_side`.
+    """
     a, b = factors
-    return scale * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+    inner = x @ a.astype(x.dtype)
+    if ranks is not None:
+        inner = jnp.where(ranks, inner, 0)
+    return scale * (inner @ b.astype(x.dtype))
 
 
 def merge(params: "Params", adapter: Adapter, cfg: object = None) -> "Params":
@@ -148,6 +161,41 @@ def take(adapters: Adapter, index: jax.Array | int | Sequence[int] | slice) -> A
     return jax.tree.map(lambda leaf: leaf[index], adapters)
 
 
+def apart(adapters: Adapter) -> Adapter:
+    """Returns stacked adapters [p, ...] with a list of each layer's factors, as weights may lie.
+
+    Of a list nothing is copied to get at a layer, nor is a gradient padded to the whole.
+    """
+    split = lambda tree: {name: list(jnp.moveaxis(x, 1, 0)) for name, x in tree.items()}
+    return adapters.replace(a=split(adapters.a), b=split(adapters.b))
+
+
+def together(adapters: Adapter) -> Adapter:
+    """Returns what `apart` took apart."""
+    join = lambda tree: {name: jnp.stack(x, axis=1) for name, x in tree.items()}
+    return adapters.replace(a=join(adapters.a), b=join(adapters.b))
+
+
+def side_by_side(adapters: Adapter, place_bt: jax.Array) -> tuple[Adapter, jax.Array | None]:
+    """Returns one adapter of p·r ranks, and which of them act on each token, [b, t, p·r].
+
+    The products of a token with ranks that are not its own are zeros: wasted, but all tokens of a
+    row go through the same two products, whoever's they are.
+
+    Args:
+      adapters: Stacked [p, ...]. Of a single one all ranks act on all tokens (None).
+      place_bt: Which of the adapters a token belongs to.
+    """
+    leaf = jax.tree.leaves(adapters.a)[0]
+    count, rank = leaf.shape[0], leaf.shape[-1]
+    if count == 1:
+        return jax.tree.map(lambda x: x[0], adapters), None
+    columns = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], count * rank)
+    rows = lambda x: jnp.moveaxis(x, 0, -3).reshape(*x.shape[1:-2], count * rank, x.shape[-1])
+    joined = adapters.replace(a=jax.tree.map(columns, adapters.a), b=jax.tree.map(rows, adapters.b))
+    return joined, place_bt[..., None] == jnp.arange(count * rank) // rank
+
+
 class Form(NamedTuple):
     """The shapes of an adapter that lies flat: a and b of each target (static), and its scale."""
 
@@ -161,13 +209,14 @@ class Form(NamedTuple):
 
 def form_of(adapter: Adapter) -> Form:
     """Returns the form of an adapter, or of its shapes."""
-    targets = ((name, adapter.a[name].shape, adapter.b[name].shape) for name in adapter.a)
+    names = sorted(adapter.a)  # as JAX sorts them, whatever the order of making
+    targets = ((name, adapter.a[name].shape, adapter.b[name].shape) for name in names)
     return Form(tuple(targets), adapter.scale)
 
 
 def flat(adapter: Adapter) -> jax.Array:
     """Returns an adapter's numbers [p] in one array."""
-    pairs = [(adapter.a[name], adapter.b[name]) for name in adapter.a]
+    pairs = [(adapter.a[name], adapter.b[name]) for name in sorted(adapter.a)]
     return jnp.concatenate([x.ravel() for pair in pairs for x in pair])
 
 

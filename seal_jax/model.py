@@ -30,16 +30,18 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return (weight * x32.astype(x.dtype)).astype(x.dtype)
 
 
-def _layer(x_btd, weights, factors, scale, config, rope, attend, pick=lambda x: x):
+def _layer(x_btd, weights, factors, scale, config, rope, attend, pick=lambda x: x, ranks=None):
     """Returns the residual stream after one layer.
 
     Args:
       attend: The caller's attention, a function of q, k and v.
       pick: Takes the positions that go on from here, of all that are seen.
+      ranks: See `hidden`.
     """
 
     def project(name: str, x: jax.Array) -> jax.Array:
-        return lora.project(x, weights[name], weights.get(f"{name}_bias"), factors.get(name), scale)
+        bias = weights.get(f"{name}_bias")
+        return lora.project(x, weights[name], bias, factors.get(name), scale, ranks)
 
     def project_qkv(x: jax.Array) -> list[jax.Array]:
         if "qkv" not in weights:
@@ -47,7 +49,7 @@ def _layer(x_btd, weights, factors, scale, config, rope, attend, pick=lambda x: 
         y = lora.project(x, weights["qkv"], weights.get("qkv_bias"))
         ends = np.cumsum([dims.sizes(config)[lora.PROJECTIONS[name][1]] for name in "qk"])
         return [
-            part + lora.change(x, factors[name], scale) if name in factors else part
+            part + lora.change(x, factors[name], scale, ranks) if name in factors else part
             for name, part in zip("qkv", jnp.split(y, ends, axis=-1), strict=True)
         ]
 
@@ -135,6 +137,7 @@ def hidden(
     remat: bool = False,
     keep_keys: bool = False,
     only_b: jax.Array | None = None,
+    ranks_btr: jax.Array | None = None,
 ):
     """Returns the final normalised activations [b, t, d] (and keys and values, if kept).
 
@@ -146,6 +149,7 @@ def hidden(
       keep_keys: Also return keys [l, b, k, h, t] and values [l, b, k, t, h], for a cache.
       only_b: The one position of each row whose activations are returned, [b, 1, d]; not with
         segments.
+      ranks_btr: Which of the adapter's ranks act on a token; all, if None. Not with `only_b`.
     """
     config = params.config
     t = tokens_bt.shape[1]
@@ -178,7 +182,7 @@ def hidden(
             return attention.attend_rows(q, k, v, mask, segments_bt, **own)
 
         x_btd = sharding.constrain(x_btd, "btd", config)
-        some = {"pick": pick} if last else {}
+        some = {"pick": pick} if last else {"ranks": ranks_btr}
         x_btd = _layer(x_btd, weights, layer_factors, scale, config, rope, attend, **some)
         return x_btd, tuple(kept)
 
@@ -199,6 +203,18 @@ def unembed(params: Params, x: jax.Array) -> jax.Array:
     parts = head if isinstance(head, list) else [head]
     product = lambda part: jnp.matmul(x, part.astype(x.dtype), preferred_element_type=jnp.float32)
     return jnp.concatenate(list(map(product, parts)), -1) if len(parts) > 1 else product(head)
+
+
+def unembed_back(params: Params, logits: jax.Array) -> jax.Array:
+    """Returns [..., d]: the product of logits [..., v] with the head from its other side."""
+    head = params.embed.T if params.head is None else params.head
+    parts = head if isinstance(head, list) else [head]
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+    products = [
+        jnp.matmul(x, part.T.astype(x.dtype))
+        for x, part in zip(jnp.split(logits, ends, axis=-1), parts, strict=True)
+    ]
+    return functools.reduce(operator.add, products)
 
 
 def forward(

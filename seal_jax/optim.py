@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from seal_jax import model
+from seal_jax import lora, model
 from seal_jax.lora import Adapter
 from seal_jax.params import Params
 
@@ -17,26 +17,56 @@ _LOGITS_AT_ONCE = 1 << 22
 _LOSS_CHUNK = 128
 
 
-def token_nll(params: Params, x_btd: jax.Array, targets_bt: jax.Array) -> jax.Array:
-    """Returns -log p(target) of each position, [b, t], float32, from final activations."""
+def token_nll(
+    params: Params, x_btd: jax.Array, targets_bt: jax.Array, frozen: bool = False
+) -> jax.Array:
+    """Returns -log p(target) of each position, [b, t], float32, from final activations.
+
+    Args:
+      frozen: The head is not trained: the gradient by activations is computed along with the
+        values, so that logits are neither kept nor computed twice.
+    """
     v = params.config.vocab_size
     b, t = targets_bt.shape
-
-    def nll(x: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = model.unembed(params, x)
-        # A masked sum, not a gather: its gradient is elementwise, a gather's is a slow scatter.
-        hit = jnp.arange(v) == targets[..., None]
-        return jax.nn.logsumexp(logits, -1) - jnp.sum(jnp.where(hit, logits, 0.0), -1)
-
+    if frozen:
+        nll = lambda x, targets: _frozen_nll(params, x, targets)
+    else:
+        nll = lambda x, targets: _nll(params, x, targets)[0]
     if b * t * v <= _LOGITS_AT_ONCE or t <= _LOSS_CHUNK:
         return nll(x_btd, targets_bt)
     short = -t % _LOSS_CHUNK
     x = jnp.pad(x_btd, ((0, 0), (0, short), (0, 0))).reshape(b, -1, _LOSS_CHUNK, x_btd.shape[-1])
     targets = jnp.pad(targets_bt, ((0, 0), (0, short))).reshape(b, -1, _LOSS_CHUNK)
-    parts = jax.lax.map(
-        lambda part: jax.checkpoint(nll)(*part), (x.swapaxes(0, 1), targets.swapaxes(0, 1))
-    )
+    part = nll if frozen else jax.checkpoint(nll)
+    parts = jax.lax.map(lambda one: part(*one), (x.swapaxes(0, 1), targets.swapaxes(0, 1)))
     return parts.swapaxes(0, 1).reshape(b, -1)[:, :t]
+
+
+def _nll(params: Params, x: jax.Array, targets: jax.Array):
+    """Returns -log p of targets, and what its gradient by logits needs."""
+    logits = model.unembed(params, x)
+    # A masked sum, not a gather: its gradient is elementwise, a gather's is a slow scatter.
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    total = jax.nn.logsumexp(logits, -1)
+    return total - jnp.sum(jnp.where(hit, logits, 0.0), -1), (logits, total, hit)
+
+
+@jax.custom_vjp
+def _frozen_nll(params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
+    return _nll(params, x, targets)[0]
+
+
+def _frozen_nll_forward(params: Params, x: jax.Array, targets: jax.Array):
+    value, (logits, total, hit) = _nll(params, x, targets)
+    by_logits = jnp.exp(logits - total[..., None]) - hit
+    return value, model.unembed_back(params, by_logits.astype(x.dtype))
+
+
+def _frozen_nll_backward(by_x: jax.Array, change: jax.Array):
+    return None, (change[..., None] * by_x.astype(jnp.float32)).astype(by_x.dtype), None
+
+
+_frozen_nll.defvjp(_frozen_nll_forward, _frozen_nll_backward)
 
 
 def loss(
@@ -59,18 +89,63 @@ def loss(
         places alone, where the weights are. 0 makes them everywhere.
     """
     x_btd = model.hidden(params, adapter, tokens_bt, segments_bt=segments_bt, remat=remat)
-    divisor = jnp.maximum(jnp.sum(weights_bt.astype(jnp.float32)), 1e-9)
+    frozen = adapter is not None
+    weighted_bt, _ = _weighted(params, x_btd, tokens_bt, weights_bt, segments_bt, predicted, frozen)
+    return jnp.sum(weighted_bt) / jnp.maximum(jnp.sum(weights_bt.astype(jnp.float32)), 1e-9)
+
+
+def losses(
+    params: Params,
+    adapters: Adapter,
+    tokens_bt: jax.Array,
+    weights_bt: jax.Array,
+    segments_bt: jax.Array,
+    place_bt: jax.Array,
+    *,
+    remat: bool = False,
+    predicted: int = 0,
+) -> jax.Array:
+    """Returns the `loss` [p] of each of p adapters over the tokens that are its own.
+
+    Args:
+      adapters: Stacked [p, ...].
+      place_bt: Which of them a token belongs to; a text's tokens belong to one.
+    """
+    adapter, ranks_btr = lora.side_by_side(adapters, place_bt)
+    if ranks_btr is None:
+        texts = (tokens_bt, weights_bt, segments_bt)
+        return loss(params, adapter, *texts, remat=remat, predicted=predicted)[None]
+    x_btd = model.hidden(
+        params, adapter, tokens_bt, segments_bt=segments_bt, remat=remat, ranks_btr=ranks_btr
+    )
+    weighted_bt, places = _weighted(
+        params, x_btd, tokens_bt, weights_bt, segments_bt, predicted, True
+    )
+    own_bt = place_bt[:, 1:]
+    if places is not None:
+        own_bt = jnp.take_along_axis(own_bt, places, axis=1)
+    count = jax.tree.leaves(adapters.a)[0].shape[0]
+    share = lambda own_bt, x_bt: jnp.sum(
+        jnp.where(own_bt == jnp.arange(count)[:, None, None], x_bt, 0.0), axis=(1, 2)
+    )
+    divisor_p = share(place_bt, weights_bt.astype(jnp.float32))
+    return share(own_bt, weighted_bt) / jnp.maximum(divisor_p, 1e-9)
+
+
+def _weighted(params, x_btd, tokens_bt, weights_bt, segments_bt, predicted: int, frozen: bool):
+    """Returns weighted -log p of predicted tokens, and the places of these, if not all are made."""
     x_btd, targets_bt = x_btd[:, :-1], tokens_bt[:, 1:]
     weights = weights_bt[:, 1:].astype(jnp.float32)
     if segments_bt is not None:
         segments_bt = jnp.abs(segments_bt)
         weights *= segments_bt[:, 1:] == segments_bt[:, :-1]
+    places = None
     if 0 < predicted < targets_bt.shape[1]:
         places = jax.vmap(lambda own: jnp.nonzero(own, size=predicted, fill_value=-1)[0])(weights)
         x_btd = jnp.take_along_axis(x_btd, places[..., None], axis=1)
         targets_bt = jnp.take_along_axis(targets_bt, places, axis=1)
         weights = jnp.where(places < 0, 0.0, jnp.take_along_axis(weights, places, axis=1))
-    return jnp.sum(token_nll(params, x_btd, targets_bt) * weights) / divisor
+    return token_nll(params, x_btd, targets_bt, frozen) * weights, places
 
 
 def learning_rate(

@@ -209,12 +209,16 @@ def by_work(steps: Sequence[list[list[list[Text]]]], total: Sequence[int]) -> li
 
 
 def write(
-    step: list[list[Text]], tokens_bt: np.ndarray, weights_bt: np.ndarray, segments_bt: np.ndarray
+    step: list[list[Text]],
+    tokens_bt: np.ndarray,
+    weights_bt: np.ndarray,
+    segments_bt: np.ndarray,
+    first: int = 1,
 ) -> None:
-    """Writes the texts of a step into its rows."""
+    """Writes the texts of a step into its rows, as segments `first` and on."""
     for row, texts in enumerate(step):
         start = 0
-        for number, text in enumerate(texts, 1):
+        for number, text in enumerate(texts, first):
             span = (row, slice(start, start + len(text.tokens)))
             tokens_bt[span], weights_bt[span] = text.tokens, text.weights
             segments_bt[span] = number

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import batching, lanes
+from seal_jax import batching, inner, lanes, visits
 from seal_jax import slots as slots_lib
-from seal_jax.config import Inner
+from seal_jax.config import ALL_TARGETS, Inner, Lora
 
 KEY = jax.random.key(5)
 WRITTEN = [
@@ -20,12 +20,12 @@ WRITTEN = [
 ] + ["bad"]
 
 
-def taken(batch: batching.Batch, chunk: int, tokens: int) -> dict[int, list[list]]:
+def taken(batch: batching.Batch, chunk: int, tokens: int, packed=None) -> dict[int, list[list]]:
     """Returns the texts of each step of every candidate, in the order in which it takes them."""
     found: dict[int, list[list]] = {i: [] for i in range(len(batch))}
-    for part in lanes.arrange(batch, chunk, KEY, tokens):
+    for part in lanes.arrange(batch, chunk, KEY, tokens, packed):
         for visit in part.slots.visits:
-            for i, j in visit.lanes:
+            for i, j, _ in visit.lanes:
                 rows = part.slots.steps[i][j]
                 found[int(part.index[i])].append([tuple(x.tokens) for row in rows for x in row])
     return found
@@ -58,14 +58,88 @@ def test_steps_and_their_order_are_those_of_lockstep(batch_size, chunk, tokens):
     assert taken(batch, chunk, tokens) == in_lockstep(batch)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 0])
+@pytest.mark.parametrize(("chunk", "tokens"), [(2, 64), (4, 256), (3, 1024), (0, 4096)])
+def test_packed_steps_and_their_order_are_those_of_lockstep(batch_size, chunk, tokens):
+    batch = toys.batch(WRITTEN, Inner(batch_size=batch_size))
+    assert taken(batch, chunk, tokens, packed=True) == in_lockstep(batch)
+
+
+@pytest.mark.parametrize(("chunk", "tokens"), [(2, 64), (3, 512)])
+def test_in_packed_calls_every_step_fits_and_places_are_left_when_done(chunk, tokens):
+    batch = toys.batch(WRITTEN * 3, Inner(batch_size=2))
+    for part in lanes.arrange(batch, chunk, KEY, tokens, packed=True):
+        home, done = {}, []
+        for move in part.slots.start:
+            home[move.enters] = move.resident
+        for visit in part.slots.visits:
+            rows = [[] for _ in range(visit.width)]
+            assert len({lane.at for lane in visit.lanes}) == len(visit.lanes)
+            assert len(home) <= chunk and {lane.candidate for lane in visit.lanes} <= set(home)
+            for i, j, at in visit.lanes:
+                rows[at // visit.size.places].append(part.slots.steps[i][j])
+            for row in rows:
+                assert len(row) <= visit.size.places
+                assert sum(map(visits.tokens_of, row)) <= visit.size.t
+                assert sum(map(visits.counted, row)) <= visit.size.predicted
+            for resident, leaves, enters in visit.moves:
+                assert home.pop(leaves) == resident
+                done.append(leaves)
+                if enters >= 0:
+                    home[enters] = resident
+        assert not home
+        assert sorted(done) == list(np.flatnonzero(part.slots.total_c))
+
+
+def test_packed_calls_are_few_shapes_and_well_filled():
+    rng = np.random.default_rng(0)
+    written = [
+        ";".join(toys.text(int(n), (who, k)) for k, n in enumerate(rng.integers(8, 60, 8)))
+        for who in range(64)
+    ]
+    parts = list(lanes.arrange(toys.batch(written, Inner(epochs=4)), 16, KEY, 1024, packed=True))
+    shapes = {(v.width, v.size) for part in parts for v in part.slots.visits}
+    assert len(shapes) <= 4
+    assert sum(p.useful for p in parts) > 0.85 * sum(p.processed for p in parts)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ALL_TARGETS])
+@pytest.mark.parametrize("settings", [Inner(), Inner(batch_size=2, pad_loss=True, max_length=100)])
+def test_packed_calls_train_as_lanes_of_their_own(params, targets, settings):
+    """Steps beside others' in a row, places taken over: the same adapters and losses."""
+    batch = toys.batch(WRITTEN, settings)
+    ids = np.array([c.id for c in batch.candidates], np.uint32)
+    found = []
+    for packed in (False, True):
+        own = Lora(rank=2, alpha=4.0, targets=targets)
+        for part in (
+            lanes.arrange(batch, 2, KEY, 256, packed) if packed else lanes.arrange(batch, 0, KEY)
+        ):
+            some = np.where(part.index >= 0, ids[part.index], 0).astype(np.uint32)
+            program = {"settings": inner.loop_settings(settings), "remat": packed}
+            adapters, losses = lanes.run(params, part.slots, some, KEY, own, **program)
+            for at, i in enumerate(part.index):
+                if i >= 0:
+                    one = jax.tree.map(lambda x, at=at: np.asarray(x[at]), adapters)
+                    found.append((packed, int(i), one, np.asarray(losses[at])))
+    apart, together = ({i: x for p, i, *x in found if p == packed} for packed in (False, True))
+    assert apart.keys() == together.keys() == set(range(len(batch)))
+    for i, (adapter, losses) in apart.items():
+        np.testing.assert_allclose(together[i][1], losses, rtol=2e-5)
+        for ours, theirs in zip(
+            jax.tree.leaves(together[i][0]), jax.tree.leaves(adapter), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.05 * settings.learning_rate)
+
+
 @pytest.mark.parametrize(("chunk", "tokens"), [(2, 64), (0, 256)])
 def test_a_call_takes_one_step_of_a_candidate_and_every_step_fits(chunk, tokens):
     batch = toys.batch(WRITTEN, Inner(batch_size=2))
     for part in lanes.arrange(batch, chunk, KEY, tokens):
         for visit in part.slots.visits:
-            who = [i for i, _ in visit.lanes]
+            who = [i for i, _, _ in visit.lanes]
             assert len(set(who)) == len(who) <= visit.width
-            for i, j in visit.lanes:
+            for i, j, _ in visit.lanes:
                 step = part.slots.steps[i][j]
                 assert len(step) <= visit.size.rows
                 assert max(sum(len(x.tokens) for x in row) for row in step) <= visit.size.t
