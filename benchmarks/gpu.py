@@ -14,6 +14,7 @@ import os
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch shares the card
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
 
 import generate
 import inner_loop
@@ -40,10 +41,12 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--shapes", nargs="+", choices=workload.SHAPES, default=list(_SHAPES))
     parser.add_argument("--round", default="qwen2.5-0.5b", help="shape at which a round is run")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--candidates", type=int, default=250, help="self-edits adapted")
     parser.add_argument("--targets", nargs="+", choices=inner_loop.TARGETS, default=["q, v"])
     parser.add_argument("--contexts", type=int, default=50)
     parser.add_argument("--written", type=int, default=256, help="tokens of a written self-edit")
+    parser.add_argument("--no-cache", action="store_true", help="time no start from the cache")
     args = parser.parse_args()
     args.peer_candidates, args.padded_steps, args.epochs = 4, 4, 10
     args.rows, args.tokens, args.adapters, args.questions = [16, 64, 256], 64, 16, 5
@@ -51,7 +54,8 @@ def main() -> None:
     if args.quick or args.dry_run:
         args.quick, args.shapes, args.round = True, ["quick"], "quick"
         args.chunks, args.epochs, args.repeats, args.contexts, args.written = [1, 2], 2, 1, 2, 8
-        args.peer_candidates, args.padded_steps, args.dtype = 1, 1, "float32"
+        args.candidates, args.peer_candidates, args.padded_steps = 4, 1, 1
+        args.dtype = "float32"
         args.rows, args.tokens, args.adapters, args.questions = [4], 8, 2, 2
     limits = machine.limits(args.dtype, args.quick)
     result: dict[str, Any] = {
@@ -122,14 +126,16 @@ def _distance(value: np.ndarray, exact: np.ndarray) -> float:
 
 def measure(shape: str, args: argparse.Namespace, limits: machine.Limits) -> dict[str, Any]:
     """Returns the figures of one shape: inner loops, generation, and a round."""
-    work = workload.make(shape, max(args.chunks), dtype=args.dtype)
+    work = workload.make(shape, args.candidates, -(-args.candidates // 50), dtype=args.dtype)
     settings = Inner(epochs=args.epochs)
     found: dict[str, Any] = {"architecture": dataclasses.asdict(work.lm.config), "adapters": {}}
     for name in args.targets:
         own = Lora(rank=32, alpha=64.0, targets=inner_loop.TARGETS[name])
         compared = inner_loop.compare(work, own, settings, args, limits.flops)
         batch = batching.pack(work.task, work.edits, work.lm.tokenizer, settings)
-        chosen = chunks.choose(work.lm.params, batch, Config(lora=own, inner=settings))
+        params = sampling.readable(sampling.ready(work.lm, Mesh()))
+        chosen = chunks.choose(params, batch, Config(lora=own, inner=settings))
+        del params
         compared["automatic"] = {"chunk": chosen.chunk, "remat": chosen.remat}
         found["adapters"][name] = compared
         inner_loop.print_adapter(name, compared)
@@ -143,11 +149,14 @@ def generation(work, args: argparse.Namespace, limits: machine.Limits) -> dict[s
     """Returns the figures of `generate.py` for the shape."""
     config = workload.endless(work.lm.config)
     lm = work.lm._replace(config=config, params=work.lm.params.replace(config=config))
+    lm = sampling.ready(lm, Mesh())
     prompts = generate.questions(work, max(*args.rows, args.adapters * args.questions))
     peer = peers.model(lm.params) if peers.here() and not args.no_peer else None
     cases = {f"{n} prompts": generate.plain(lm, peer, prompts[:n], args, limits) for n in args.rows}
     name = f"{args.adapters} adapters x {args.questions} questions"
     cases[name] = generate.adapted(lm, peer, prompts, args, limits)
+    del peer
+    peers.free()
     return cases
 
 

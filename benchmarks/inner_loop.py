@@ -21,9 +21,10 @@ import numpy as np
 import peers
 import workload
 
-from seal_jax import batching, inner, lanes, lora, streams
+from seal_jax import batching, inner, lanes, lora, sampling, streams
+from seal_jax import chunks as chunks_lib
 from seal_jax.batching import Batch
-from seal_jax.config import ALL_TARGETS, Inner, Lora
+from seal_jax.config import ALL_TARGETS, Config, Inner, Lora, Mesh
 from seal_jax.slots import Chunk
 
 KEY = jax.random.key(0)
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--peer-candidates", type=int, default=4)
     parser.add_argument("--padded-steps", type=int, default=4)
+    parser.add_argument("--no-cache", action="store_true", help="time no start from the cache")
     args = parser.parse_args()
     if args.quick:
         args.shape, args.chunks, args.epochs, args.repeats = "quick", [1, 2], 2, 1
@@ -59,7 +61,7 @@ def main() -> None:
     accelerated = jax.default_backend() != "cpu"
     dtype = args.dtype or ("bfloat16" if accelerated else "float32")
     n = args.candidates or max(args.chunks)
-    work = workload.make(args.shape, n, dtype=dtype)
+    work = workload.make(args.shape, n, per_context=-(-n // 50), dtype=dtype)
     result: dict[str, Any] = {
         "command": machine.command(),
         "machine": machine.describe(),
@@ -92,16 +94,17 @@ def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, A
     found["tokens"] = sum(len(t.tokens) for c in batch.candidates for t in c.texts)
     per_token = flops_per_token(work.lm.config, own)
     rate = None
+    theirs = []
     if peers.here() and not args.no_peer:
-        found["peers"] = run_peers(work, batch, own, args)
+        found["peers"], theirs = run_peers(work, batch, own, args)
         rate = found["peers"]["unpadded"]["useful_tokens_per_s"]
-        found["loss_difference"] = found["peers"].pop("loss_difference")
     found["flops_per_useful_token"] = per_token
     found["floor_useful_tokens_per_s"] = flops / per_token
     found["chunks"] = []
+    params = sampling.readable(sampling.ready(work.lm, Mesh()))
     for chunk in args.chunks:
         try:
-            row = ours(work, batch, own, chunk, args.repeats)
+            row, losses = ours(params, batch, own, chunk, args)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -112,6 +115,8 @@ def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, A
             padded = found["peers"]["padded"]["useful_tokens_per_s"]
             row["over_unpadded"] = row["useful_tokens_per_s"] / rate
             row["over_padded"] = row["useful_tokens_per_s"] / padded
+            gaps = [np.abs(losses[i, : len(x)] / x - 1).max() for i, x in enumerate(theirs)]
+            row["loss_difference"] = float(max(gaps))
         found["chunks"].append(row)
     return found
 
@@ -127,31 +132,49 @@ def flops_per_token(config, own: Lora) -> float:
     return 4.0 * workload.matmul_weights(config) + 6.0 * trained
 
 
-def ours(work, batch: Batch, own: Lora, size: int, repeats: int) -> dict[str, Any]:
-    """Returns the figures of seal_jax with `size` candidates in a program."""
-    params = work.lm.params
+def ours(params, batch: Batch, own: Lora, size: int, args) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the figures of seal_jax with `size` candidates resident, and all losses [n, i]."""
     settings = dataclasses.replace(batch.settings, chunk=size)
-    chunks = list(inner.arrange(params, Batch(batch.candidates, settings, batch.eos_id), KEY))
-
-    every = lambda: all_chunks(params, batch, chunks, own)
+    again = None
     with tempfile.TemporaryDirectory() as folder, _cache(folder):
-        cold, _ = timed_compile(every)
-        jax.clear_caches()
-        again, _ = timed_compile(every)
-    took = machine.seconds(every, repeats, warm=False)
+        batch = Batch(batch.candidates, settings, batch.eos_id)
+        with machine.Compiling() as compiling:
+            settings = chunks_lib.choose(params, batch, Config(lora=own))
+            batch = Batch(batch.candidates, settings, batch.eos_id)
+            chunks = list(inner.arrange(params, batch, KEY))
+            every = lambda: all_chunks(params, batch, chunks, own)
+            found = machine.wait(every())
+        if not args.no_cache:
+            jax.clear_caches()
+            lanes.compiled.cache_clear()
+            again, _ = timed_compile(every)
+    took = machine.seconds(every, args.repeats, warm=False)
+    losses = np.full((len(batch), max(np.shape(x)[1] for _, x in found)), np.nan, np.float32)
+    for chunk, (_, loss) in zip(chunks, found, strict=True):
+        real = chunk.index >= 0
+        losses[chunk.index[real]] = np.asarray(loss)[real]
     useful = sum(chunk.useful for chunk in chunks)
     processed = sum(chunk.processed for chunk in chunks)
-    return {
+    row = {
         "chunk": size,
         "seconds": took,
         "candidates_per_s": len(batch) / took,
         "useful_tokens_per_s": useful / took,
         "token_efficiency": useful / processed,
-        "compile_cold_s": cold,
+        "activations_kept": not inner.recompute(settings),
+        "compile_cold_s": compiling.seconds,
         "compile_from_cache_s": again,
         "programs": len({(v.width, v.size) for x in chunks for v in x.slots.visits}),
         "calls": sum(len(x.slots.visits) for x in chunks),
+        "tokens_per_call": processed / sum(len(x.slots.visits) for x in chunks),
+        "peak_bytes": _peak(params),
     }
+    return row, losses
+
+
+def _peak(params) -> int | None:
+    """Returns the most bytes that were in use on the device so far, where it says."""
+    return (params.embed.addressable_shards[0].device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def all_chunks(params, batch: Batch, chunks: list[Chunk], own: Lora) -> list[Any]:
@@ -197,12 +220,12 @@ def steps_in_order(chunk: Chunk, at: int) -> list[np.ndarray]:
     return [steps[j][0][0].tokens for j in order]
 
 
-def run_peers(work, batch: Batch, own: Lora, args) -> dict[str, Any]:
-    """Returns the figures of both peers on the first candidates, and how far losses differ."""
+def run_peers(work, batch: Batch, own: Lora, args) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Returns the figures of both peers on the first candidates, and the first losses of these."""
     some = Batch(batch.candidates[: args.peer_candidates], batch.settings, batch.eos_id)
     chunks = list(lanes.arrange(some, 1, KEY))
     wrapped = peers.adapted(peers.model(work.lm.params), own)
-    unpadded, padded, gaps = [], [], []
+    unpadded, padded, losses = [], [], {}
     for chunk in chunks:
         texts, index = steps_in_order(chunk, 0), int(chunk.index[0])
         ids = np.array([some.candidates[index].id], np.uint32)
@@ -213,20 +236,20 @@ def run_peers(work, batch: Batch, own: Lora, args) -> dict[str, Any]:
             peers.set_adapter(wrapped, start)
         theirs = peers.train(wrapped, texts, batch.settings)
         unpadded.append((sum(map(len, texts)), theirs.seconds))
-        _, losses = inner.adapt_chunk(work.lm.params, some, chunk, KEY, own)
-        few = slice(0, 5)  # later, rounding has grown
-        gaps.append(np.abs(np.asarray(losses)[0, few] / np.array(theirs.losses[few]) - 1).max())
+        losses[index] = np.array(theirs.losses[:5])  # later, rounding has grown
         peers.set_adapter(wrapped, start)
         few_texts = texts[:: max(1, len(texts) // args.padded_steps)][: args.padded_steps]
         length = batch.settings.max_length
         slow = peers.train(wrapped, few_texts, batch.settings, pad_to=length, total=len(texts))
         padded.append((sum(map(len, few_texts)), slow.seconds * _share(few_texts, texts)))
-    return {
+    figures = {
         "unpadded": _rates(unpadded, len(chunks)),
         "padded": {"useful_tokens_per_s": _rate(padded), "steps": args.padded_steps * len(chunks)},
-        "loss_difference": float(max(gaps)),
         "attention": wrapped.config._attn_implementation,
     }
+    del wrapped
+    peers.free()
+    return figures, [losses[i] for i in range(len(losses))]
 
 
 def _share(few: list[np.ndarray], texts: list[np.ndarray]) -> float:
@@ -257,8 +280,9 @@ def print_adapter(name: str, found: dict[str, Any]) -> None:
         if "peers" in found:
             rate = found["peers"][kind]["useful_tokens_per_s"]
             print(f"transformers + PEFT, {label}: {rate:,.0f} useful tokens/s")
-    if "loss_difference" in found:
-        print(f"largest relative difference of the first losses: {found['loss_difference']:.1e}")
+    gaps = [row["loss_difference"] for row in found["chunks"] if "loss_difference" in row]
+    if gaps:
+        print(f"largest relative difference of the first losses: {max(gaps):.1e}")
     keys = (
         "chunk",
         "candidates_per_s",

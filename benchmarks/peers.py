@@ -1,5 +1,6 @@
 """The other side: transformers and PEFT on torch, with our weights, as lean as they can be run."""
 
+import gc
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -27,6 +28,15 @@ def device() -> str:
 
     on_gpu = torch.cuda.is_available() and jax.default_backend() == "gpu"
     return "cuda" if on_gpu else "cpu"
+
+
+def free() -> None:
+    """Gives the accelerator's memory that torch no longer needs back."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def model(params: Params) -> Any:

@@ -180,17 +180,21 @@ def attend_cached(
     b, samples, n, h = q_bqnh.shape
     k, s = prefix_k_bkhs.shape[1], prefix_k_bkhs.shape[3]
     g, m = n // k, suffix_k_bqkhm.shape[4]
+    exact = {"preferred_element_type": jnp.float32}
     q = (q_bqnh * h**-0.5).reshape(b, samples, k, g, h)
-    q_shared = q.transpose(0, 2, 1, 3, 4).reshape(b, k, samples * g, h)
-    shared = jnp.matmul(q_shared, prefix_k_bkhs, preferred_element_type=jnp.float32)
+    fold = lambda x: x.swapaxes(1, 2).reshape(b, k, samples * g, -1)  # of [b, q, k, g, ...]
+    unfold = lambda x: x.reshape(b, k, samples, g, -1).swapaxes(1, 2)
+    shared = jnp.matmul(fold(q), prefix_k_bkhs, **exact)
     shared = jnp.where((jnp.arange(s) < length_b[:, None])[:, None, None], shared, _MASKED)
-    shared = shared.reshape(b, k, samples, g, s).transpose(0, 2, 1, 3, 4)
-    own = jnp.matmul(q, suffix_k_bqkhm, preferred_element_type=jnp.float32)
+    own = jnp.matmul(q, suffix_k_bqkhm, **exact)
     own = jnp.where(jnp.arange(m) < step, own, _MASKED)
-    new = jnp.matmul(q, new_k_bqkh1, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.concatenate([shared, own, new], -1), axis=-1).astype(q.dtype)
-    weights_shared = weights[..., :s].transpose(0, 2, 1, 3, 4).reshape(b, k, samples * g, s)
-    out = jnp.matmul(weights_shared, prefix_v_bksh).reshape(b, k, samples, g, h)
-    out = out.transpose(0, 2, 1, 3, 4) + jnp.matmul(weights[..., s:-1], suffix_v_bqkmh)
-    out += weights[..., -1:] * new_v_bqk1h
-    return out.reshape(b, samples, n, h)
+    new = jnp.matmul(q, new_k_bqkh1, **exact)
+    # One softmax over the three, of which only a number of each sequence and head is brought
+    # together: the scores themselves would be copied at every step.
+    most = lambda x: jnp.max(x, axis=-1, keepdims=True)
+    top = jnp.maximum(jnp.maximum(unfold(most(shared)), most(own)), new)
+    shared, own, new = jnp.exp(shared - fold(top)), jnp.exp(own - top), jnp.exp(new - top)
+    total = unfold(jnp.sum(shared, -1, keepdims=True)) + jnp.sum(own, -1, keepdims=True) + new
+    out = unfold(jnp.matmul(shared.astype(q.dtype), prefix_v_bksh, **exact))
+    out += jnp.matmul(own.astype(q.dtype), suffix_v_bqkmh, **exact) + new * new_v_bqk1h
+    return (out / total).astype(q.dtype).reshape(b, samples, n, h)

@@ -6,6 +6,7 @@ beside enough candidates.
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, programs, sharding
+from seal_jax import inner, lanes, lora, multihost, programs, sharding, streams
 from seal_jax import model as model_lib
-from seal_jax.batching import Batch, steps_of
+from seal_jax.batching import Batch
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
 
@@ -169,31 +170,34 @@ def _on_mesh(config, dtype, mesh, longest, adapter, settings, count):
 
 def _lanes_of(params: Params, batch: Batch) -> Callable[..., Any]:
     """Returns what lowers the largest call of a batch, and says what else it needs in bytes."""
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     config = params.config
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     if model_lib.few_layers(config):
-        shapes = jax.eval_shape(model_lib.layers_apart, shapes)
+        weights = jax.eval_shape(model_lib.layers_apart, weights)
 
     def lowered(adapter, settings, count):
         of = jax.ShapeDtypeStruct
         form = lora.form_of(lora.shapes(config, adapter))
-        width, size = lanes.largest_call(steps, count)
+        shapes = lanes.shapes_of(batch, count)
+        width, size = lanes.largest_call(batch, shapes)
         wp, wbt = (width, size.places), (width, size.rows, size.t)
-        numbers = [of(wp, jnp.int32)] * 3, [of(wp, jnp.float32), of(wp, jnp.int32)]
         kinds = (jnp.int32, jnp.int8, jnp.int32, jnp.int8)
-        work = lanes.Work(*numbers[0], *(of(wbt, kind) for kind in kinds), *numbers[1])
-        done = lanes.GROUP * count if size.places > 1 else count
-        program = lanes.advance.lower(
-            shapes,
-            of((count, 3, form.size), jnp.float32),
-            of((done, lanes.LOSSES), jnp.float32),
-            work,
-            form=form,
-            settings=inner.loop_settings(settings),
-            remat=inner.recompute(settings),
-            predicted=size.predicted,
+        whose = [of(wp, jnp.int32)] * 3
+        work = lanes.Work(
+            *whose, *(of(wbt, kind) for kind in kinds), of(wp, jnp.float32), of(wp, jnp.int32)
         )
-        return program, 2 * 4 * done * form.size
+        state = of((shapes.residents, 3, form.size), jnp.float32)
+        losses = of((shapes.chunk, shapes.room), jnp.float32)
+        leaves, tree = jax.tree.flatten((weights, state, losses, work))
+        static = {
+            "form": form,
+            "settings": inner.loop_settings(settings),
+            "remat": inner.recompute(settings),
+            "predicted": size.predicted,
+        }
+        program = functools.partial(
+            lanes.compiled, tree, tuple(leaves), streams.settings(), **static
+        )
+        return types.SimpleNamespace(compile=program), 2 * 4 * shapes.chunk * form.size
 
     return lowered

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from seal_jax import model, sharding
+from seal_jax import lora, model, sharding
 from seal_jax.grammar import Grammar
 from seal_jax.lora import Adapter
 from seal_jax.model import Cache
@@ -130,7 +130,7 @@ def run(
       own_adapters: Whether `adapters` has a `c` axis.
       keep: Return all of the state, to go on from.
     """
-    params = model.layers_apart(params)
+    params, adapters = _readable(params, adapters, own_adapters)
     axis = 0 if own_adapters else None
     c, b, t = tokens_cbt.shape
     start = functools.partial(model.prefill, samples=samples, room=room)
@@ -165,7 +165,7 @@ def go_on(
     keep: bool = False,
 ) -> State:
     """Returns the sequences after up to `room` tokens in all; see `run`."""
-    params = model.layers_apart(params)
+    params, adapters = _readable(params, adapters, own_adapters)
     more = room - state.tokens.shape[-1]
 
     def longer(x: jax.Array, axis: int) -> jax.Array:
@@ -184,6 +184,19 @@ def go_on(
         logprobs=grow(state.logprobs, -1),
     )
     return _seen(_loop(params, adapters, state, draws, 0 if own_adapters else None), keep)
+
+
+def _readable(params: Params, adapters: Adapter | None, own_adapters: bool):
+    """Returns weights and adapters as every step reads them: layers apart, of one dtype."""
+    params = model.layers_apart(params)
+    if adapters is None:
+        return params, None
+    adapters = jax.tree.map(lambda x: x.astype(params.embed.dtype), adapters)
+    if not isinstance(params.layers["o"], list):
+        return params, adapters
+    if own_adapters:
+        return params, lora.apart(adapters)
+    return params, jax.tree.map(list, adapters)
 
 
 @jax.jit

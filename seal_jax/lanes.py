@@ -7,10 +7,11 @@ the number of residents and the shape of the call alone: it is the same in every
 run, so that the cache of compiled programs has it.
 """
 
+import concurrent.futures
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,17 +78,47 @@ class Work:
     total_wp: jax.Array
 
 
-def _packed(residents: int, tokens: int = 0) -> bool:
-    """Returns whether steps of several residents share a row, by the tokens of a call."""
-    return residents > 1 and visits.most_tokens(tokens) > _ALIKE
+class Shapes(NamedTuple):
+    """What the programs of a batch depend on besides a call's own shape.
+
+    Attributes:
+      packed: Whether steps of several residents share a row.
+      chunk: Candidates of a chunk.
+      room: Losses kept of each.
+      calls: The shapes of calls (width, Size) that packing chooses from.
+    """
+
+    packed: bool
+    residents: int
+    chunk: int
+    room: int
+    calls: list[tuple[int, Size]]
 
 
-def largest_call(steps: list[list[Step]], residents: int) -> tuple[int, Size]:
+def shapes_of(batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None) -> Shapes:
+    """Returns the shapes of a batch; the arguments are those of `arrange`."""
+    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
+    most = 1 << max(len(steps) - 1, 0).bit_length()
+    residents = min(residents or len(steps), most)
+    room = LOSSES
+    while room < max(total, default=0):
+        room *= 2
+    packed = visits.most_tokens(tokens) > _ALIKE if packed is None else packed
+    packed = packed and residents > 1 and any(total)
+    calls = visits.shapes_for(steps, residents, tokens) if packed else []
+    return Shapes(
+        packed, residents, min(GROUP * residents, most) if packed else residents, room, calls
+    )
+
+
+def largest_call(batch: Batch, shapes: Shapes) -> tuple[int, Size]:
     """Returns width and size of the call with the most tokens that `arrange` plans."""
-    if _packed(residents):
-        return max(visits.shapes_for(steps, residents), key=lambda x: x[0] * x[1].t)
+    if shapes.packed:
+        return max(shapes.calls, key=lambda x: x[0] * x[1].t)
+    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     size = max(map(visits.size_of, itertools.chain(*steps)), key=lambda s: s.rows * s.t)
-    return visits.width_of(size, residents), size._replace(predicted=size.t)
+    return visits.width_of(size, shapes.residents), size._replace(predicted=size.t)
 
 
 def arrange(
@@ -107,30 +138,23 @@ def arrange(
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
     order = slots_lib.by_work(steps, total)
-    most = 1 << max(len(order) - 1, 0).bit_length()
-    residents = min(residents or len(order), most)
-    room = LOSSES
-    while room < max(total, default=0):
-        room *= 2
+    shapes = shapes_of(batch, residents, tokens, packed)
     order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
-    packed = _packed(residents, tokens) if packed is None else packed
-    packed = packed and residents > 1 and any(total)
-    shapes = visits.shapes_for(steps, residents, tokens) if packed else []
-    chunk = min(GROUP * residents, most) if packed else residents
+    residents, chunk = shapes.residents, shapes.chunk
     for start in range(0, len(order), chunk):
         group = order[start : start + chunk]
         index = np.full(chunk, -1)
         index[: len(group)] = group
         queues = [order_of(batch.candidates[i].epochs, len(steps[i])) for i in group]
         own = [steps[i] for i in group]
-        if packed:
-            plan = visits.packed(own, queues, shapes, residents)
+        if shapes.packed:
+            plan = visits.packed(own, queues, shapes.calls, residents)
         else:
             plan = visits.alike(own, queues, tokens, residents)
         rates, counts = np.zeros(chunk, np.float32), np.zeros(chunk, np.int32)
         rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
         counts[: len(group)] = [total[i] for i in group]
-        lanes = Lanes(*plan, own, rates, counts, residents, room, batch.eos_id)
+        lanes = Lanes(*plan, own, rates, counts, residents, shapes.room, batch.eos_id)
         useful = sum(
             batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
             for i in group
@@ -283,9 +307,50 @@ def _empty(residents: int, count: int, size: int) -> tuple[jax.Array, jax.Array]
     return jnp.zeros((residents, 3, size), jnp.float32), jnp.zeros((count, size), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="form")
+@functools.partial(jax.jit, static_argnums=1)
 def _unflat(done_cn: jax.Array, form: lora.Form) -> Adapter:
     return jax.vmap(lambda numbers_n: lora.unflat(numbers_n, form))(done_cn)
+
+
+def _calls(params, state_c3n, losses_ci, lanes: Lanes, static) -> dict[Any, Callable[..., Any]]:
+    """Returns `advance` for each shape of a call.
+
+    On accelerators compiled ahead, side by side: it takes longer there, and hosts have the cores.
+    """
+    examples = {(visit.width, visit.size): visit for visit in lanes.visits}
+    nobody = np.zeros(len(lanes.total_c), np.int32)
+
+    def call(visit: Visit) -> Callable[..., Any]:
+        own = {**static, "predicted": visit.size.predicted}
+        if jax.default_backend() == "cpu":
+            shapes = (state_c3n.shape, losses_ci.shape, visit.width, visit.size)
+            name = (shapes, *static.values(), params.config)
+            return lambda *arrays: _guarded(name, functools.partial(advance, **own), arrays)
+        arrays = (params, state_c3n, losses_ci, _work(lanes, visit, nobody, nobody))
+        leaves, tree = jax.tree.flatten(arrays)
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+        return compiled(tree, shapes, streams.settings(), **own)
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(examples))) as pool:
+        return dict(zip(examples, pool.map(streams.as_here(call), examples.values()), strict=True))
+
+
+def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+    with streams.first_call(name):
+        return call(*arrays)
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(
+    tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], under: tuple[Any, ...], **static: Any
+) -> Any:
+    """Returns `advance` compiled for arrays of these shapes.
+
+    Args:
+      under: This thread's settings of JAX, on which the program depends.
+    """
+    del under
+    return advance.lower(*jax.tree.unflatten(tree, shapes), **static).compile()
 
 
 def run(
@@ -309,7 +374,8 @@ def run(
         params = model.apart(params)
     form = lora.form_of(lora.shapes(params.config, adapter))
     count = len(lanes.total_c)
-    state_c3n, done_cn = _empty(lanes.residents, count, form.size)
+    sizes = (lanes.residents, count, form.size)
+    state_c3n, done_cn = _guarded(("empty", sizes), _empty, sizes)
     losses_ci = jax.device_put(np.full((count, lanes.room), np.nan, np.float32))
     taken, home = np.zeros(count, np.int32), np.zeros(count, np.int32)
 
@@ -327,22 +393,22 @@ def run(
                     home[enters] = resident
             moves_m4 = jax.device_put(rows.astype(np.uint32).view(np.int32))
             static = {"config": params.config, "settings": adapter}
-            with streams.first_call((rows.shape, done_cn.shape, form)):
-                state_c3n, done_cn = move(state_c3n, done_cn, key, moves_m4, **static)
+            call = functools.partial(move, **static)
+            name = ("move", rows.shape, sizes, form)
+            state_c3n, done_cn = _guarded(name, call, (state_c3n, done_cn, key, moves_m4))
 
     for i in np.flatnonzero(lanes.total_c == 0):  # an adapter that nobody trains
         if i < len(lanes.steps):
             moved([Move(0, -1, int(i))])
             moved([Move(0, int(i), -1)])
     moved(lanes.start)
+    static = {"form": form, "settings": settings, "remat": remat}
+    calls = _calls(params, state_c3n, losses_ci, lanes, static)
     for visit in lanes.visits:
         work = jax.device_put(_work(lanes, visit, taken, home))
         taken[[lane.candidate for lane in visit.lanes]] += 1
-        static = {"form": form, "settings": settings, "remat": remat}
-        static["predicted"] = visit.size.predicted
-        shapes = (state_c3n.shape, losses_ci.shape, visit.width, visit.size)
-        with streams.first_call((shapes, form, settings, remat, params.config)):
-            state_c3n, losses_ci = advance(params, state_c3n, losses_ci, work, **static)
+        call = calls[visit.width, visit.size]
+        state_c3n, losses_ci = call(params, state_c3n, losses_ci, work)
         moved(visit.moves)
     del state_c3n
-    return _unflat(done_cn, form), losses_ci
+    return _guarded(("unflat", count, form), _unflat, (done_cn, form)), losses_ci

@@ -1,7 +1,7 @@
 """The decoder of Qwen2/2.5, Qwen3 and Llama 3, as pure functions of its weights.
 
 Layers are stacked, so that `lax.scan` runs over them and a weight is one array of the whole model.
-Programs that run often take the few layers of a small model apart first (`layers_apart`).
+Programs that run often take the layers apart first, where that pays (`layers_apart`).
 An adapter is a separate argument and may be None.
 """
 
@@ -72,30 +72,34 @@ def _factors(adapter: Adapter | None) -> tuple[dict[str, tuple[jax.Array, jax.Ar
 
 
 def few_layers(config: ModelConfig) -> bool:
-    """Returns whether `layers_apart` takes a model's layers apart."""
+    """Returns whether a model has so few layers that programs take them apart themselves."""
     return config.n_layers <= _UNROLLED_LAYERS
 
 
-def layers_apart(params: Params) -> Params:
-    """Returns the weights of a model of few layers as programs that run often want them.
+def layers_apart(params: Params, always: bool = False) -> Params:
+    """Returns the weights of a model as programs that run often want them.
 
     A list of arrays for each stacked array, since a slice of it is a copy, made every time; q, k
-    and v as one matrix; the head in two parts, which two cores of a CPU take at the same time.
-    Models of many layers stay as they are, for `lax.scan`, and so do weights on a mesh.
+    and v as one matrix; on a CPU the head in two parts, which two cores take at the same time.
+    Weights on a mesh stay as they are, for `lax.scan`, and so do models of many layers unless
+    `always`: it makes a copy of all weights, and programs that take longer to compile.
     """
     stacked = all(isinstance(x, jax.Array) for x in params.layers.values())
-    if not stacked or not few_layers(params.config) or sharding.current() is not None:
+    wanted = always or few_layers(params.config)
+    if not stacked or not wanted or sharding.current() is not None:
         return params
     layers = dict(params.layers)
     layers["qkv"] = jnp.concatenate([layers.pop(name) for name in "qkv"], -1)
     if "q_bias" in layers:
         layers["qkv_bias"] = jnp.concatenate([layers.pop(f"{name}_bias") for name in "qkv"], -1)
-    head = params.embed.T if params.head is None else params.head
-    parts = [jax.lax.optimization_barrier(part) for part in jnp.array_split(head, 2, axis=1)]
-    return params.replace(layers={name: list(x) for name, x in layers.items()}, head=parts)
+    head = params.head
+    if jax.default_backend() == "cpu":
+        head = params.embed.T if head is None else head
+        head = [jax.lax.optimization_barrier(part) for part in jnp.array_split(head, 2, axis=1)]
+    return params.replace(layers={name: list(x) for name, x in layers.items()}, head=head)
 
 
-apart = jax.jit(layers_apart)
+apart = jax.jit(layers_apart, static_argnames="always")
 
 
 def _over_layers(body, carry, inputs, last=None):

@@ -202,17 +202,18 @@ def evaluate(
       done: Says that the candidates at these places need not run again.
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
-    settings = chunks.choose(lm.params, batch, cfg)
+    params = sampling.readable(lm)
+    settings = chunks.choose(params, batch, cfg)
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])
 
     def work(chunk: slots_lib.Chunk) -> tuple[slots_lib.Chunk, list[list[str]], np.ndarray]:
-        adapters, losses = inner.adapt_chunk(lm.params, batch, chunk, key, cfg.lora)
+        adapters, losses = inner.adapt_chunk(params, batch, chunk, key, cfg.lora)
         contexts = [edits[i].context for i in _places(chunk)]
         answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
         return chunk, answers, sharding.fetch(losses)
 
-    todo = (c for c in inner.arrange(lm.params, batch, key) if not done(_places(c)))
+    todo = (c for c in inner.arrange(params, batch, key) if not done(_places(c)))
     for chunk, answers, losses in streams.ordered(work, todo):
         steps = np.asarray(chunk.slots.total_c)
         outcomes = [

@@ -19,7 +19,7 @@ from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.grammar import Automaton, Grammar
 from seal_jax.lora import Adapter
-from seal_jax.params import ModelConfig
+from seal_jax.params import ModelConfig, Params
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
@@ -153,18 +153,34 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
 
 
 def ready(lm: LM, settings: config_lib.Mesh) -> LM:
-    """Returns the model with a copy of its weights laid out for generation, where that pays."""
+    """Returns the model with a copy of its weights laid out for reading, where that pays.
+
+    On one device inner loops read it too; on a mesh generation alone.
+    """
     mesh = sharding.of(lm.params)
     if lm.reader is not None:
         return lm
     if mesh is None:
-        few = model.few_layers(lm.config)
-        return lm._replace(reader=model.apart(lm.params)) if few else lm
+        if model.few_layers(lm.config) or _room_for_a_copy(lm.params):
+            return lm._replace(reader=model.apart(lm.params, always=True))
+        return lm
     itemsize = lm.params.embed.dtype.itemsize
     layout = sharding.decode_layout(lm.config, settings, mesh, itemsize)
     if layout == "fsdp":
         return lm
     return lm._replace(reader=sharding.place(lm.params, sharding.weights(lm.config, mesh, layout)))
+
+
+def _room_for_a_copy(params: Params) -> bool:
+    """Returns whether a copy of the weights leaves a device half of its memory."""
+    stats = params.embed.addressable_shards[0].device.memory_stats() or {}
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    return 2 * size <= stats.get("bytes_limit", 0) / 2
+
+
+def readable(lm: LM) -> Params:
+    """Returns the weights that inner loops read: `ready`'s copy, if it is for them."""
+    return lm.params if lm.reader is None or sharding.of(lm.params) is not None else lm.reader
 
 
 class _Tile(NamedTuple):

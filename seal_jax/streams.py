@@ -59,7 +59,7 @@ def ordered(
     if not streams:
         yield from map(work, items)
         return
-    work = _as_here(work)
+    work = as_here(work)
     waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(streams) as pool:
         try:
@@ -74,15 +74,20 @@ def ordered(
                 future.cancel()
 
 
-def _as_here(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+def settings() -> tuple[Any, ...]:
+    """Returns this thread's settings of JAX; programs depend on them."""
+    return tuple(getattr(jax.config, name) for name in _SETTINGS)
+
+
+def as_here(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
     """Returns the work, to be done in another thread under this thread's settings of JAX."""
-    here = {name: getattr(jax.config, name) for name in _SETTINGS}
+    here = settings()
 
     def done(item: Item) -> Result:
         with contextlib.ExitStack() as stack:
-            for name, value in here.items():
+            for put, value in zip(_SETTINGS.values(), here, strict=True):
                 if value is not None:
-                    stack.enter_context(_SETTINGS[name](value))
+                    stack.enter_context(put(value))
             return work(item)
 
     return done

@@ -60,7 +60,7 @@ def test_inner_loop(tmp_path):
         assert row["useful_tokens_per_s"] > 0 and 0 < row["token_efficiency"] <= 1
         assert 0 < row["share_of_floor"]
     if PEERS:  # the same weights, adapter, texts and order: float32 sums differ in rounding
-        assert found["loss_difference"] < 1e-4
+        assert all(row["loss_difference"] < 1e-4 for row in found["chunks"])
         assert found["peers"]["padded"]["useful_tokens_per_s"] > 0
 
 
