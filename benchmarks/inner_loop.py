@@ -7,6 +7,7 @@ without padding. Same weights, same adapters at the start, same texts in the sam
 are compared. A useful token is one of a training text, its EOS included, each time it is visited.
 """
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -136,7 +137,10 @@ def ours(params, batch: Batch, own: Lora, size: int, args) -> tuple[dict[str, An
     """Returns the figures of seal_jax with `size` candidates resident, and all losses [n, i]."""
     settings = dataclasses.replace(batch.settings, chunk=size)
     again = None
-    with tempfile.TemporaryDirectory() as folder, _cache(folder):
+    with contextlib.ExitStack() as stack:
+        if not args.no_cache:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(cache(folder))
         batch = Batch(batch.candidates, settings, batch.eos_id)
         with machine.Compiling() as compiling:
             settings = chunks_lib.choose(params, batch, Config(lora=own))
@@ -146,7 +150,6 @@ def ours(params, batch: Batch, own: Lora, size: int, args) -> tuple[dict[str, An
             found = machine.wait(every())
         if not args.no_cache:
             jax.clear_caches()
-            lanes.compiled.cache_clear()
             again, _ = timed_compile(every)
     took = machine.seconds(every, args.repeats, warm=False)
     losses = np.full((len(batch), max(np.shape(x)[1] for _, x in found)), np.nan, np.float32)
@@ -183,7 +186,7 @@ def all_chunks(params, batch: Batch, chunks: list[Chunk], own: Lora) -> list[Any
     return list(streams.ordered(work, chunks))
 
 
-class _cache:
+class cache:
     """An empty folder for compiled programs, for as long as `with` lasts."""
 
     def __init__(self, folder: str) -> None:

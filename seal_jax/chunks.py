@@ -6,7 +6,6 @@ beside enough candidates.
 
 import dataclasses
 import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, programs, sharding, streams
+from seal_jax import inner, lanes, lora, multihost, programs, sharding
 from seal_jax import model as model_lib
 from seal_jax.batching import Batch
 from seal_jax.params import ModelConfig, Params
@@ -188,16 +187,16 @@ def _lanes_of(params: Params, batch: Batch) -> Callable[..., Any]:
         )
         state = of((shapes.residents, 3, form.size), jnp.float32)
         losses = of((shapes.chunk, shapes.room), jnp.float32)
-        leaves, tree = jax.tree.flatten((weights, state, losses, work))
-        static = {
-            "form": form,
-            "settings": inner.loop_settings(settings),
-            "remat": inner.recompute(settings),
-            "predicted": size.predicted,
-        }
-        program = functools.partial(
-            lanes.compiled, tree, tuple(leaves), streams.settings(), **static
+        program = lanes.advance.lower(
+            weights,
+            state,
+            losses,
+            work,
+            form=form,
+            settings=inner.loop_settings(settings),
+            remat=inner.recompute(settings),
+            predicted=size.predicted,
         )
-        return types.SimpleNamespace(compile=program), 2 * 4 * shapes.chunk * form.size
+        return program, 2 * 4 * shapes.chunk * form.size
 
     return lowered

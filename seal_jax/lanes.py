@@ -7,7 +7,6 @@ the number of residents and the shape of the call alone: it is the same in every
 run, so that the cache of compiled programs has it.
 """
 
-import concurrent.futures
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -312,45 +311,9 @@ def _unflat(done_cn: jax.Array, form: lora.Form) -> Adapter:
     return jax.vmap(lambda numbers_n: lora.unflat(numbers_n, form))(done_cn)
 
 
-def _calls(params, state_c3n, losses_ci, lanes: Lanes, static) -> dict[Any, Callable[..., Any]]:
-    """Returns `advance` for each shape of a call.
-
-    On accelerators compiled ahead, side by side: it takes longer there, and hosts have the cores.
-    """
-    examples = {(visit.width, visit.size): visit for visit in lanes.visits}
-    nobody = np.zeros(len(lanes.total_c), np.int32)
-
-    def call(visit: Visit) -> Callable[..., Any]:
-        own = {**static, "predicted": visit.size.predicted}
-        if jax.default_backend() == "cpu":
-            shapes = (state_c3n.shape, losses_ci.shape, visit.width, visit.size)
-            name = (shapes, *static.values(), params.config)
-            return lambda *arrays: _guarded(name, functools.partial(advance, **own), arrays)
-        arrays = (params, state_c3n, losses_ci, _work(lanes, visit, nobody, nobody))
-        leaves, tree = jax.tree.flatten(arrays)
-        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-        return compiled(tree, shapes, streams.settings(), **own)
-
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(examples))) as pool:
-        return dict(zip(examples, pool.map(streams.as_here(call), examples.values()), strict=True))
-
-
 def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
     with streams.first_call(name):
         return call(*arrays)
-
-
-@functools.lru_cache(maxsize=64)
-def compiled(
-    tree: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], under: tuple[Any, ...], **static: Any
-) -> Any:
-    """Returns `advance` compiled for arrays of these shapes.
-
-    Args:
-      under: This thread's settings of JAX, on which the program depends.
-    """
-    del under
-    return advance.lower(*jax.tree.unflatten(tree, shapes), **static).compile()
 
 
 def run(
@@ -403,12 +366,13 @@ def run(
             moved([Move(0, int(i), -1)])
     moved(lanes.start)
     static = {"form": form, "settings": settings, "remat": remat}
-    calls = _calls(params, state_c3n, losses_ci, lanes, static)
     for visit in lanes.visits:
         work = jax.device_put(_work(lanes, visit, taken, home))
         taken[[lane.candidate for lane in visit.lanes]] += 1
-        call = calls[visit.width, visit.size]
-        state_c3n, losses_ci = call(params, state_c3n, losses_ci, work)
+        call = functools.partial(advance, **static, predicted=visit.size.predicted)
+        shapes = (state_c3n.shape, losses_ci.shape, visit.width, visit.size)
+        name = (shapes, *static.values(), params.config)
+        state_c3n, losses_ci = _guarded(name, call, (params, state_c3n, losses_ci, work))
         moved(visit.moves)
     del state_c3n
     return _guarded(("unflat", count, form), _unflat, (done_cn, form)), losses_ci

@@ -139,9 +139,6 @@ def finetuning(config: ModelConfig, cfg: Config, mesh: Mesh, tokens: int, steps:
 def compiled(lowered: Any) -> Any:
     """Returns the compiled program.
 
-    Args:
-      lowered: Has a method `compile`.
-
     Raises:
       TooBig: where the compiler finds that it does not fit.
     """

@@ -59,7 +59,7 @@ def ordered(
     if not streams:
         yield from map(work, items)
         return
-    work = as_here(work)
+    work = _as_here(work)
     waiting: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(streams) as pool:
         try:
@@ -74,20 +74,15 @@ def ordered(
                 future.cancel()
 
 
-def settings() -> tuple[Any, ...]:
-    """Returns this thread's settings of JAX; programs depend on them."""
-    return tuple(getattr(jax.config, name) for name in _SETTINGS)
-
-
-def as_here(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+def _as_here(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
     """Returns the work, to be done in another thread under this thread's settings of JAX."""
-    here = settings()
+    here = {name: getattr(jax.config, name) for name in _SETTINGS}
 
     def done(item: Item) -> Result:
         with contextlib.ExitStack() as stack:
-            for put, value in zip(_SETTINGS.values(), here, strict=True):
+            for name, value in here.items():
                 if value is not None:
-                    stack.enter_context(put(value))
+                    stack.enter_context(_SETTINGS[name](value))
             return work(item)
 
     return done

@@ -20,7 +20,6 @@ _LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 _TOKENS = {"cpu": 64, "other": 4096}
 _ROW = 256  # tokens in a row of several candidates, where nine in ten steps fit
 _PLACES = 8  # candidates in a row at most: each costs the adapters' products once more
-_SHAPES = 3  # numbers of rows that `packed` chooses from
 _CALL = 256  # a call takes as long as so many tokens more than it has
 
 Step = list[list[Text]]  # rows of texts
@@ -198,10 +197,10 @@ def _fill(waiting, width: int, size: Size) -> tuple[dict[int, int], int]:
 
 
 def shapes_for(steps: Sequence[list[Step]], residents: int, tokens: int = 0) -> list:
-    """Returns the shapes (width, Size) that `packed` chooses from; few, for each is a program.
+    """Returns the shapes (width, Size) that `packed` chooses from: two, for each is a program.
 
-    Rows that hold nine in ten steps, as many as the residents fill at once, a half and a quarter of
-    them; and one that holds the longest step.
+    Rows that hold nine in ten steps, as many as the residents fill at once; and a single one that
+    holds the longest step, also for when few are left. More shapes were hardly filled better.
 
     Args:
       steps: Of all candidates, so that all chunks share the shapes.
@@ -215,15 +214,16 @@ def shapes_for(steps: Sequence[list[Step]], residents: int, tokens: int = 0) -> 
     supply = max(1, min(residents * typical, most_tokens(tokens)))
     t = max(most, min(_ROW, 1 << (supply.bit_length() - 1)))
     share = counts.sum() / lengths.sum()
-    places = 1 << max(0, round(np.log2(min(_PLACES, residents, max(1, 1.3 * t / typical)))))
+    places = max(1, min(_PLACES, residents, round(1.4 * t / typical)))
     top = 1 << max(0, (supply // t).bit_length() - 1)
     common = counts[lengths <= t]
     predicted = max(_part(t, int(1.2 * share * t)), _part(t, int(common.max())))
     size = Size(1, t, predicted, places)
-    shapes = [(top >> k, size) for k in range(_SHAPES) if top >> k]
     if t < longest:
-        shapes.append((1, Size(1, longest, _part(longest, int(counts.max())), places)))
-    return shapes
+        last = Size(1, longest, _part(longest, int(counts.max())), places)
+    else:
+        last = size
+    return [(top, size)] + [(1, last)] * (top > 1 or last != size)
 
 
 class _Progress:
