@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, programs, sharding
+from seal_jax import inner, lanes, lora, multihost, programs, residents, sharding
 from seal_jax import model as model_lib
 from seal_jax.batching import Batch
 from seal_jax.params import ModelConfig, Params
@@ -182,12 +182,12 @@ def _lanes_of(params: Params, batch: Batch) -> Callable[..., Any]:
         wp, wbt = (width, size.places), (width, size.rows, size.t)
         kinds = (jnp.int32, jnp.int8, jnp.int32, jnp.int8)
         whose = [of(wp, jnp.int32)] * 3
-        work = lanes.Work(
+        work = residents.Work(
             *whose, *(of(wbt, kind) for kind in kinds), of(wp, jnp.float32), of(wp, jnp.int32)
         )
         state = of((shapes.residents, 3, form.size), jnp.float32)
         losses = of((shapes.chunk, shapes.room), jnp.float32)
-        program = lanes.advance.lower(
+        program = residents.advance.lower(
             weights,
             state,
             losses,

@@ -192,7 +192,7 @@ def _readable(params: Params, adapters: Adapter | None, own_adapters: bool):
     if adapters is None:
         return params, None
     adapters = jax.tree.map(lambda x: x.astype(params.embed.dtype), adapters)
-    if not isinstance(params.layers["o"], list):
+    if not model.are_apart(params):
         return params, adapters
     if own_adapters:
         return params, lora.apart(adapters)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, lanes, lora, optim, sharding, streams
+from seal_jax import batching, lanes, lora, optim, residents, sharding, streams
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch
@@ -143,7 +143,7 @@ def adapt_chunk(
     ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
     program = {"settings": loop_settings(batch.settings), "remat": recompute(batch.settings)}
     if isinstance(chunk.slots, lanes.Lanes):
-        return lanes.run(params, chunk.slots, ids, key, lora_settings, **program)
+        return residents.run(params, chunk.slots, ids, key, lora_settings, **program)
     mesh = sharding.of(params)
     slots = place(chunk.slots, mesh)
     ids, key = sharding.share_out(ids, mesh), sharding.share(key, mesh)

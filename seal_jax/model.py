@@ -76,6 +76,11 @@ def few_layers(config: ModelConfig) -> bool:
     return config.n_layers <= _UNROLLED_LAYERS
 
 
+def are_apart(params: Params) -> bool:
+    """Returns whether weights lie as `layers_apart` lays them."""
+    return isinstance(params.layers["o"], list)
+
+
 def layers_apart(params: Params, always: bool = False) -> Params:
     """Returns the weights of a model as programs that run often want them.
 
@@ -99,7 +104,7 @@ def layers_apart(params: Params, always: bool = False) -> Params:
     return params.replace(layers={name: list(x) for name, x in layers.items()}, head=head)
 
 
-apart = jax.jit(layers_apart, static_argnames="always")
+apart = jax.jit(functools.partial(layers_apart, always=True))
 
 
 def _over_layers(body, carry, inputs, last=None):

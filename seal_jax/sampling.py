@@ -162,7 +162,7 @@ def ready(lm: LM, settings: config_lib.Mesh) -> LM:
         return lm
     if mesh is None:
         if model.few_layers(lm.config) or _room_for_a_copy(lm.params):
-            return lm._replace(reader=model.apart(lm.params, always=True))
+            return lm._replace(reader=model.apart(lm.params))
         return lm
     itemsize = lm.params.embed.dtype.itemsize
     layout = sharding.decode_layout(lm.config, settings, mesh, itemsize)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import batching, inner, lanes, visits
+from seal_jax import batching, inner, lanes, residents, visits
 from seal_jax import slots as slots_lib
 from seal_jax.config import ALL_TARGETS, Inner, Lora
 
@@ -117,7 +117,7 @@ def test_packed_calls_train_as_lanes_of_their_own(params, targets, settings):
         ):
             some = np.where(part.index >= 0, ids[part.index], 0).astype(np.uint32)
             program = {"settings": inner.loop_settings(settings), "remat": packed}
-            adapters, losses = lanes.run(params, part.slots, some, KEY, own, **program)
+            adapters, losses = residents.run(params, part.slots, some, KEY, own, **program)
             for at, i in enumerate(part.index):
                 if i >= 0:
                     one = jax.tree.map(lambda x, at=at: np.asarray(x[at]), adapters)
