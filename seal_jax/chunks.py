@@ -31,8 +31,8 @@ def choose(
 ) -> config_lib.Inner:
     """Returns the inner loop's settings with a chunk: the user's, or the largest that fits.
 
-    Of settings that leave it open (`remat: auto`), layers are recomputed only if keeping their
-    activations would leave room for less than half as many candidates.
+    Of settings that leave it open (`remat: auto`), layers are recomputed only if their activations
+    do not fit beside the user's chunk, or would leave room for less than half as many candidates.
 
     What a count needs is the compiler's word, in bytes on each device; a few programs are compiled,
     and the cache of compiled programs has them the next time. Where the device does not say how
@@ -76,6 +76,7 @@ def choose(
         )
         if 2 * count >= again:
             return _said(kept, count, limit, ", activations kept")
+        return _said(settings, again, limit)
     chunk = most(functools.partial(bytes_of, settings), each, limit, counts)
     return _said(settings, chunk or counts[0], limit)
 

@@ -172,8 +172,12 @@ def ready(lm: LM, settings: config_lib.Mesh) -> LM:
 
 
 def _room_for_a_copy(params: Params) -> bool:
-    """Returns whether a copy of the weights leaves a device half of its memory."""
-    stats = params.embed.addressable_shards[0].device.memory_stats() or {}
+    """Returns whether weights are on a GPU of which two copies leave half free.
+
+    There a scan over stacked layers copies each before it multiplies; a TPU has no need to.
+    """
+    device = params.embed.addressable_shards[0].device
+    stats = (device.platform == "gpu" and device.memory_stats()) or {}
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     return 2 * size <= stats.get("bytes_limit", 0) / 2
 

@@ -69,6 +69,19 @@ def test_activations_are_kept_where_they_leave_room_for_half_as_many(monkeypatch
     assert chosen(2000, batch(remat="layers")) == (48, "layers")  # the user's word
 
 
+def test_beside_the_users_chunk_activations_are_kept_where_they_fit(monkeypatch):
+    monkeypatch.setattr(inner, "recompute", lambda settings: settings.remat in ("auto", "layers"))
+    weights = toys.params(CONFIG)
+
+    def chosen(limit, **settings):
+        found = chunks.choose(weights, batch(chunk=3, **settings), CFG, limit)
+        return found.chunk, found.remat
+
+    assert chosen(1 << 40) == (3, "none")
+    assert chosen(1) == (3, "auto")
+    assert chosen(1 << 40, remat="layers") == (3, "layers")
+
+
 def test_the_users_chunk_stays_and_a_cpu_takes_few():
     weights = toys.params(CONFIG)
     assert chunks.choose(weights, batch(chunk=7), CFG, 1 << 40).chunk == 7

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import optim
+from seal_jax import model, optim
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -85,6 +85,21 @@ def test_loss_in_parts_and_recomputed_has_the_same_value_and_gradient(monkeypatc
     monkeypatch.setattr(optim, "_LOGITS_AT_ONCE", 0)
     monkeypatch.setattr(optim, "_LOSS_CHUNK", 4)  # 13 predictions: the last part is not full
     chex.assert_trees_all_close(value_and_grad(remat=True), plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [lambda params: params, model.apart], ids=["stacked", "apart"])
+def test_the_gradient_made_along_with_the_loss_is_the_one_of_it(params, layout):
+    """What passes by a frozen head, with a weight for each place, against JAX's own gradient."""
+    params = layout(params)
+    x_btd = jax.random.normal(jax.random.key(0), (2, 7, params.config.d_model))
+    targets_bt = jax.random.randint(jax.random.key(1), (2, 7), 0, params.config.vocab_size)
+    weights_bt = jax.random.normal(jax.random.key(2), (2, 7))
+
+    def value(x_btd, frozen):
+        return jnp.sum(optim.token_nll(params, x_btd, targets_bt, frozen) * weights_bt)
+
+    ours, theirs = (jax.value_and_grad(value)(x_btd, frozen) for frozen in (True, False))
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_to_predict_is_no_loss_and_no_gradient(params, adapter):
