@@ -64,13 +64,12 @@ def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Wo
     for i, j, at in visit.lanes:
         w, p = divmod(at, places)
         rows = lanes.steps[i][j]
-        if places > 1:  # side by side in the group's one row
+        span = (w,)
+        if visit.size.rows == 1:  # side by side, with whatever stands there already
             rows = [[text for row in rows for text in row]]
             end = used[w] + visits.tokens_of(rows)
             span = (w, slice(None), slice(used[w], end))
             used[w] = end
-        else:
-            span = (w,)
         slots_lib.write(rows, tokens[span], weights[span], segments[span], 1 + p * t)
         place[span] = p
         resident[w, p], candidate[w, p], steps[w, p] = home[i], i, taken[i]

@@ -2,6 +2,7 @@
 
 import collections
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ WRITTEN = [
         [((9, 30, 4), 3), ((12,), 1), ((50, 3, 8, 20, 21), 2), ((6, 6), 4), ((17, 90), 0)]
     )
 ] + ["bad"]
+EVEN = [";".join(toys.text(14, (who, n)) for n in range(4)) + ";epochs=2" for who in range(3)]
 
 
 def taken(batch: batching.Batch, chunk: int, tokens: int, packed=None) -> dict[int, list[list]]:
@@ -103,33 +105,43 @@ def test_packed_calls_are_few_shapes_and_well_filled():
     assert sum(p.useful for p in parts) > 0.85 * sum(p.processed for p in parts)
 
 
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("targets", [("q", "v"), ALL_TARGETS])
-@pytest.mark.parametrize("settings", [Inner(), Inner(batch_size=2, pad_loss=True, max_length=100)])
-def test_packed_calls_train_as_lanes_of_their_own(params, targets, settings):
+@pytest.mark.parametrize(
+    ("written", "settings", "tokens", "places"),
+    [
+        (WRITTEN, Inner(), 256, 2),
+        (EVEN, Inner(batch_size=2), 16, 1),
+        (WRITTEN, Inner(batch_size=2, pad_loss=True, max_length=100), 512, 2),
+    ],
+)
+def test_packed_calls_train_as_lanes_of_their_own(
+    params, targets, written, settings, tokens, places
+):
     """Steps beside others' in a row, places taken over: the same adapters and losses."""
-    batch = toys.batch(WRITTEN, settings)
+    batch = toys.batch(written, settings)
     ids = np.array([c.id for c in batch.candidates], np.uint32)
-    found = []
-    for packed in (False, True):
-        own = Lora(rank=2, alpha=4.0, targets=targets)
-        for part in (
-            lanes.arrange(batch, 2, KEY, 256, packed) if packed else lanes.arrange(batch, 0, KEY)
-        ):
+    own = Lora(rank=2, alpha=4.0, targets=targets)
+
+    def trained(parts, remat):
+        found = {}
+        for part in parts:
             some = np.where(part.index >= 0, ids[part.index], 0).astype(np.uint32)
-            program = {"settings": inner.loop_settings(settings), "remat": packed}
+            program = {"settings": inner.loop_settings(settings), "remat": remat}
             adapters, losses = residents.run(params, part.slots, some, KEY, own, **program)
             for at, i in enumerate(part.index):
                 if i >= 0:
-                    one = jax.tree.map(lambda x, at=at: np.asarray(x[at]), adapters)
-                    found.append((packed, int(i), one, np.asarray(losses[at])))
-    apart, together = ({i: x for p, i, *x in found if p == packed} for packed in (False, True))
+                    found[int(i)] = jax.tree.map(lambda x, at=at: x[at], (adapters, losses))
+        return found
+
+    packed = list(lanes.arrange(batch, 2, KEY, tokens, packed=True))
+    assert {v.size.places for part in packed for v in part.slots.visits} == {places}
+    together, apart = trained(packed, True), trained(lanes.arrange(batch, 0, KEY), False)
     assert apart.keys() == together.keys() == set(range(len(batch)))
     for i, (adapter, losses) in apart.items():
         np.testing.assert_allclose(together[i][1], losses, rtol=2e-5)
-        for ours, theirs in zip(
-            jax.tree.leaves(together[i][0]), jax.tree.leaves(adapter), strict=True
-        ):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.05 * settings.learning_rate)
+        close = dict(rtol=0, atol=0.05 * settings.learning_rate)
+        chex.assert_trees_all_close(together[i][0], adapter, **close)
 
 
 @pytest.mark.parametrize(("chunk", "tokens"), [(2, 64), (0, 256)])
