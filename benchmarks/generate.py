@@ -112,14 +112,13 @@ def of_processes(n: int) -> dict[str, Any]:
             command = [sys.executable, *sys.argv, "--processes", "1", "--out", str(out)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             results.append(json.loads(out.read_text()))
-    result = {**results[0], "command": machine.command(), "processes": n}
-    for name, case in result["cases"].items():
+    cases = {}
+    for name, first in results[0]["cases"].items():
         every = [one["cases"][name] for one in results]
-        for key in case:
-            case[key] = statistics.median(one[key] for one in every)
-        if "ratio" in case:
-            case["ratios"] = sorted(one["ratio"] for one in every)
-    return result
+        cases[name] = {key: statistics.median(one[key] for one in every) for key in first}
+        if "ratio" in first:
+            cases[name]["ratios"] = sorted(one["ratio"] for one in every)
+    return {**results[0], "command": machine.command(), "processes": n, "cases": cases}
 
 
 def questions(work: workload.Work, n: int) -> list[list[int]]:

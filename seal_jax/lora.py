@@ -215,9 +215,9 @@ def form_of(adapter: Adapter) -> Form:
 
 
 def flat(adapter: Adapter) -> jax.Array:
-    """Returns an adapter's numbers [p] in one array."""
+    """Returns an adapter's numbers [p] in one array; its layers may lie apart."""
     pairs = [(adapter.a[name], adapter.b[name]) for name in sorted(adapter.a)]
-    return jnp.concatenate([x.ravel() for pair in pairs for x in pair])
+    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(pairs)])
 
 
 def unflat(numbers_p: jax.Array, form: Form) -> Adapter:
