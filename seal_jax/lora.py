@@ -170,12 +170,6 @@ def apart(adapters: Adapter) -> Adapter:
     return adapters.replace(a=split(adapters.a), b=split(adapters.b))
 
 
-def together(adapters: Adapter) -> Adapter:
-    """Returns what `apart` took apart."""
-    join = lambda tree: {name: jnp.stack(x, axis=1) for name, x in tree.items()}
-    return adapters.replace(a=join(adapters.a), b=join(adapters.b))
-
-
 def side_by_side(adapters: Adapter, place_bt: jax.Array) -> tuple[Adapter, jax.Array | None]:
     """Returns one adapter of p·r ranks, and which of them act on each token, [b, t, p·r].
 
