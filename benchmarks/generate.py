@@ -25,7 +25,7 @@ import numpy as np
 import peers
 import workload
 
-from seal_jax import inner, lora, sampling
+from seal_jax import inner, lora, readers, sampling
 from seal_jax.config import Lora, Mesh
 
 KEY = jax.random.key(0)
@@ -133,7 +133,7 @@ def questions(work: workload.Work, n: int) -> list[list[int]]:
 
 def ours(lm, prompts: list[list[list[int]]], args, adapters=None, n: int = 1) -> dict[str, Any]:
     """Returns tokens a second and seconds of compiling; and the tokens, under `found`."""
-    lm = sampling.ready(lm, Mesh())  # as the stages of a run do
+    lm = readers.ready(lm, Mesh())  # as the stages of a run do
 
     def work() -> Any:
         how = {"temperature": 1.0, "key": KEY} if n > 1 else {}

@@ -26,7 +26,7 @@ import machine
 import numpy as np
 import workload
 
-from seal_jax import batching, inner, lora, model, rewards, sampling, sft
+from seal_jax import batching, inner, lora, model, readers, rewards, sft
 from seal_jax.batching import Batch
 from seal_jax.config import Answers, Config, Inner, Lora, Mesh, Outer, Sampling, Sft
 
@@ -155,7 +155,7 @@ def generation(work, args: argparse.Namespace, limits: machine.Limits) -> dict[s
     """Returns the figures of `generate.py` for the shape, without its peer."""
     config = workload.endless(work.lm.config)
     lm = work.lm._replace(config=config, params=work.lm.params.replace(config=config))
-    lm = sampling.ready(lm, Mesh())
+    lm = readers.ready(lm, Mesh())
     prompts = generate.questions(work, max(*args.rows, args.adapters * args.questions))
     cases = {f"{n} prompts": generate.plain(lm, None, prompts[:n], args, limits) for n in args.rows}
     name = f"{args.adapters} adapters x {args.questions} questions"
@@ -170,7 +170,7 @@ def run_round(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     """
     n = 5 * args.contexts
     work = workload.make(shape, n, per_context=5, dtype=args.dtype)
-    lm = sampling.ready(work.lm, Mesh())
+    lm = readers.ready(work.lm, Mesh())
     contexts = [edit.context for edit in work.edits[::5]]
     cfg = Config(
         lora=Lora(rank=32, alpha=64.0, targets=("q", "v")),

@@ -22,7 +22,7 @@ import numpy as np
 import peers
 import workload
 
-from seal_jax import batching, inner, lanes, lora, sampling, streams
+from seal_jax import batching, inner, lanes, lora, readers, streams
 from seal_jax import chunks as chunks_lib
 from seal_jax.batching import Batch
 from seal_jax.config import ALL_TARGETS, Config, Inner, Lora, Mesh
@@ -102,7 +102,7 @@ def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, A
     found["flops_per_useful_token"] = per_token
     found["floor_useful_tokens_per_s"] = flops / per_token
     found["chunks"] = []
-    params = sampling.readable(sampling.ready(work.lm, Mesh()))
+    params = readers.readable(readers.ready(work.lm, Mesh()))
     for chunk in args.chunks:
         try:
             row, losses = ours(params, batch, own, chunk, args)

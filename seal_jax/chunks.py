@@ -7,15 +7,15 @@ beside enough candidates.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, programs, residents, sharding
-from seal_jax import model as model_lib
+from seal_jax import inner, lanes, lora, multihost, programs, readers, residents, sharding, visits
+from seal_jax import params as params_lib
 from seal_jax.batching import Batch
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
@@ -58,14 +58,14 @@ def choose(
     counts = [n * unit for n in _COUNTS if n < need] + [
         next((n for n in _COUNTS if n >= need), _COUNTS[-1]) * unit
     ]
+    apart = readers.are_apart(params)
+    weights = _Weights(params.config, params.embed.dtype.name, mesh, apart)
+    bytes_of = lambda own, n: _bytes(weights, cfg.lora, own, _call(batch, mesh, n))
     if mesh is not None:
-        longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
-        lowered = functools.partial(_on_mesh, params.config, params.embed.dtype.name, mesh, longest)
-        chunk = largest(lambda n: _bytes(lowered, cfg.lora, settings, n), limit, tuple(counts))
+        chunk = largest(functools.partial(bytes_of, settings), limit, tuple(counts))
         return _said(settings, chunk, limit)
-    lowered = _lanes_of(params, batch)
-    bytes_of = lambda own, n: _bytes(lowered, cfg.lora, own, n)
-    each = _resident_bytes(params.config, cfg.lora)
+    # A resident's state, and in how many chunks' worth of adapters that are done it has a share.
+    each = (3 + 2 * lanes.GROUP) * _adapter_bytes(params.config, cfg.lora)
     kept = dataclasses.replace(settings, remat="none")
     if settings.chunk:
         needed = bytes_of(kept, settings.chunk)
@@ -146,58 +146,72 @@ def most(
     return 0
 
 
-def _resident_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
-    """Returns the bytes of a resident candidate: its state, and adapters that are done."""
-    numbers = lora.form_of(lora.shapes(config, adapter)).size
-    return 4 * numbers * (3 + 2 * lanes.GROUP)
+class _Weights(NamedTuple):
+    """What a program depends on of the weights."""
+
+    config: ModelConfig
+    dtype: str
+    mesh: jax.sharding.Mesh | None
+    apart: bool
 
 
+class _Call(NamedTuple):
+    """What it depends on of a batch; on a mesh, of residents and tokens alone."""
+
+    residents: int
+    width: int
+    size: visits.Size
+    chunk: int = 0
+    room: int = 0
+
+
+def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> _Call:
+    """Returns the largest call of a batch with `count` candidates resident."""
+    if mesh is not None:
+        longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
+        return _Call(count, 1, visits.Size(1, longest, longest))
+    shapes = lanes.shapes_of(batch, count)
+    return _Call(shapes.residents, *lanes.largest_call(batch, shapes), shapes.chunk, shapes.room)
+
+
+def _adapter_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
+    return 4 * lora.form_of(lora.shapes(config, adapter)).size
+
+
+@functools.lru_cache
 def _bytes(
-    lowered: Callable[..., Any], adapter: config_lib.Lora, settings: config_lib.Inner, count: int
+    weights: _Weights, adapter: config_lib.Lora, settings: config_lib.Inner, call: _Call
 ) -> int | None:
-    """Returns the bytes on each device of the largest program for `count` candidates."""
+    """Returns the bytes on each device of a call, or of a mesh's program, and of what is kept."""
+    if weights.mesh is not None:
+        cfg = config_lib.Config(lora=adapter, inner=settings)
+        config, mesh = weights.config, weights.mesh
+        program = programs.inner_loop(config, cfg, mesh, call.residents, call.size.t)
+    else:
+        program = _lowered(weights, adapter, settings, call)
+    done = 0 if weights.mesh is not None else _adapter_bytes(weights.config, adapter) * call.chunk
     try:
-        program, more = lowered(adapter, settings, count)
-        return programs.memory(programs.compiled(program)).total + more
+        return programs.memory(programs.compiled(program)).total + 2 * done
     except programs.TooBig:
         return None
 
 
-def _on_mesh(config, dtype, mesh, longest, adapter, settings, count):
-    cfg = config_lib.Config(lora=adapter, inner=settings)
-    return programs.inner_loop(config, cfg, mesh, count, longest), 0
-
-
-def _lanes_of(params: Params, batch: Batch) -> Callable[..., Any]:
-    """Returns what lowers the largest call of a batch, and says what else it needs in bytes."""
-    config = params.config
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    if model_lib.few_layers(config):
-        weights = jax.eval_shape(model_lib.layers_apart, weights)
-
-    def lowered(adapter, settings, count):
-        of = jax.ShapeDtypeStruct
-        form = lora.form_of(lora.shapes(config, adapter))
-        shapes = lanes.shapes_of(batch, count)
-        width, size = lanes.largest_call(batch, shapes)
-        wp, wbt = (width, size.places), (width, size.rows, size.t)
-        kinds = (jnp.int32, jnp.int8, jnp.int32, jnp.int8)
-        whose = [of(wp, jnp.int32)] * 3
-        work = residents.Work(
-            *whose, *(of(wbt, kind) for kind in kinds), of(wp, jnp.float32), of(wp, jnp.int32)
-        )
-        state = of((shapes.residents, 3, form.size), jnp.float32)
-        losses = of((shapes.chunk, shapes.room), jnp.float32)
-        program = residents.advance.lower(
-            weights,
-            state,
-            losses,
-            work,
-            form=form,
-            settings=inner.loop_settings(settings),
-            remat=inner.recompute(settings),
-            predicted=size.predicted,
-        )
-        return program, 2 * 4 * shapes.chunk * form.size
-
-    return lowered
+def _lowered(weights: _Weights, adapter, settings, call: _Call) -> Any:
+    """Returns the lowered call."""
+    of = jax.ShapeDtypeStruct
+    params = params_lib.shapes(weights.config, jnp.dtype(weights.dtype))
+    apart = functools.partial(readers.layers_apart, always=weights.apart)
+    form = lora.form_of(lora.shapes(weights.config, adapter))
+    wp, wbt = (call.width, call.size.places), (call.width, call.size.rows, call.size.t)
+    texts = [of(wbt, kind) for kind in (jnp.int32, jnp.int8, jnp.int32, jnp.int8)]
+    work = residents.Work(*[of(wp, jnp.int32)] * 3, *texts, of(wp, jnp.float32), of(wp, jnp.int32))
+    return residents.advance.lower(
+        jax.eval_shape(apart, params),
+        of((call.residents, 3, form.size), jnp.float32),
+        of((call.chunk, call.room), jnp.float32),
+        work,
+        form=form,
+        settings=inner.loop_settings(settings),
+        remat=inner.recompute(settings),
+        predicted=call.size.predicted,
+    )

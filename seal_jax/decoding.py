@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from seal_jax import lora, model, sharding
+from seal_jax import lora, model, readers, sharding
 from seal_jax.grammar import Grammar
 from seal_jax.lora import Adapter
 from seal_jax.model import Cache
@@ -188,11 +188,11 @@ def go_on(
 
 def _readable(params: Params, adapters: Adapter | None, own_adapters: bool):
     """Returns weights and adapters as every step reads them: layers apart, of one dtype."""
-    params = model.layers_apart(params)
+    params = readers.layers_apart(params)
     if adapters is None:
         return params, None
     adapters = jax.tree.map(lambda x: x.astype(params.embed.dtype), adapters)
-    if not model.are_apart(params):
+    if not readers.are_apart(params):
         return params, adapters
     if own_adapters:
         return params, lora.apart(adapters)

@@ -16,10 +16,10 @@ from seal_jax import (
     multihost,
     outer,
     progress,
+    readers,
     rewards,
     runs,
     runtime,
-    sampling,
     sharding,
     stats,
 )
@@ -203,7 +203,7 @@ def base_rewards(
     """Returns the un-adapted model's reward on each context: once per policy, kept on file."""
     found = {row["context"]: row["reward"] for row in runs.records(file)}
     if any(context.id not in found for context in contexts):
-        scores = rewards.score(sampling.ready(lm, cfg.mesh), None, task, contexts, cfg)
+        scores = rewards.score(readers.ready(lm, cfg.mesh), None, task, contexts, cfg)
         rows = [
             {"context": context.id, "reward": float(reward), "answers": answers}
             for context, reward, answers in zip(

@@ -15,9 +15,9 @@ from seal_jax import (
     multihost,
     outer,
     peft,
+    readers,
     rewards,
     runtime,
-    sampling,
     sharding,
 )
 from seal_jax.batching import SelfEdit
@@ -65,10 +65,10 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
         raise SealError(f"{out}: already there and not empty")
     lm = checkpoint.load_model(cfg.model, mesh=sharding.make(cfg.mesh))
     key = outer.key_of(cfg, "lesson")
-    ready = sampling.ready(lm, cfg.mesh)
+    ready = readers.ready(lm, cfg.mesh)
     (edits,) = rewards.sample_edits(ready, task, [context], key=key, cfg=cfg)
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=rewards.eos(lm))
-    adapters, losses = inner.adapt_many(lm.params, batch, key, cfg)
+    adapters, losses = inner.adapt_many(readers.readable(ready), batch, key, cfg)
     losses = sharding.fetch(losses)
     reward, before, after, best = np.zeros(len(edits)), [], [], 0
     if context.questions:

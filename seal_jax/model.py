@@ -1,7 +1,7 @@
 """The decoder of Qwen2/2.5, Qwen3 and Llama 3, as pure functions of its weights.
 
 Layers are stacked, so that `lax.scan` runs over them and a weight is one array of the whole model.
-Programs that run often take the layers apart first, where that pays (`layers_apart`).
+Programs that run often take the layers apart first, where that pays (`readers`).
 An adapter is a separate argument and may be None.
 """
 
@@ -20,7 +20,7 @@ from seal_jax.params import ModelConfig, Params, RopeScaling, init, shapes, tabl
 __all__ = ["ModelConfig", "Params", "RopeScaling", "init", "shapes", "table"]
 
 # Up to here programs run over layers one by one: the steps of a CPU loop cost more than they save.
-_UNROLLED_LAYERS = 4
+UNROLLED_LAYERS = 4
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -71,42 +71,6 @@ def _factors(adapter: Adapter | None) -> tuple[dict[str, tuple[jax.Array, jax.Ar
     return {name: (adapter.a[name], adapter.b[name]) for name in adapter.a}, adapter.scale
 
 
-def few_layers(config: ModelConfig) -> bool:
-    """Returns whether a model has so few layers that programs take them apart themselves."""
-    return config.n_layers <= _UNROLLED_LAYERS
-
-
-def are_apart(params: Params) -> bool:
-    """Returns whether weights lie as `layers_apart` lays them."""
-    return isinstance(params.layers["o"], list)
-
-
-def layers_apart(params: Params, always: bool = False) -> Params:
-    """Returns the weights of a model as programs that run often want them.
-
-    A list of arrays for each stacked array, since a slice of it is a copy, made every time; q, k
-    and v as one matrix; on a CPU the head in two parts, which two cores take at the same time.
-    Weights on a mesh stay as they are, for `lax.scan`, and so do models of many layers unless
-    `always`: it makes a copy of all weights, and programs that take longer to compile.
-    """
-    stacked = all(isinstance(x, jax.Array) for x in params.layers.values())
-    wanted = always or few_layers(params.config)
-    if not stacked or not wanted or sharding.current() is not None:
-        return params
-    layers = dict(params.layers)
-    layers["qkv"] = jnp.concatenate([layers.pop(name) for name in "qkv"], -1)
-    if "q_bias" in layers:
-        layers["qkv_bias"] = jnp.concatenate([layers.pop(f"{name}_bias") for name in "qkv"], -1)
-    head = params.head
-    if jax.default_backend() == "cpu":
-        head = params.embed.T if head is None else head
-        head = [jax.lax.optimization_barrier(part) for part in jnp.array_split(head, 2, axis=1)]
-    return params.replace(layers={name: list(x) for name, x in layers.items()}, head=head)
-
-
-apart = jax.jit(functools.partial(layers_apart, always=True))
-
-
 def _over_layers(body, carry, inputs, last=None):
     """Returns `lax.scan` of a body over stacked inputs; where they are lists, a loop, unrolled.
 
@@ -117,7 +81,7 @@ def _over_layers(body, carry, inputs, last=None):
     """
     weights = next(iter(inputs[0].values()))
     if not isinstance(weights, list):
-        unroll = len(weights) if len(weights) <= _UNROLLED_LAYERS else 1
+        unroll = len(weights) if len(weights) <= UNROLLED_LAYERS else 1
         return jax.lax.scan(body, carry, inputs, unroll=unroll)
     apart = lambda x: isinstance(x, list)
     returned = []

@@ -16,6 +16,7 @@ from seal_jax import (
     files,
     multihost,
     progress,
+    readers,
     rewards,
     runs,
     sampling,
@@ -100,7 +101,7 @@ def write_edits(
     lm: LM, task: Task, contexts: Sequence[Context], n: int, file: Path, key: jax.Array, cfg: Config
 ) -> list[SelfEdit]:
     """Returns n self-edits for each context, from the file's records or newly written to it."""
-    lm = sampling.ready(lm, cfg.mesh)
+    lm = readers.ready(lm, cfg.mesh)
     seen = {(row["context"], row["index"]) for row in runs.records(file)}
     group = max(1, (cfg.sampling.chunk or 64) // n)
     longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
@@ -141,7 +142,7 @@ def test_edits(
     metrics: runs.Metrics,
 ) -> list[runs.Record]:
     """Returns a record for each self-edit and seed: its reward, answers, verdicts and losses."""
-    lm = sampling.ready(lm, cfg.mesh)
+    lm = readers.ready(lm, cfg.mesh)
     seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file)}
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
-from seal_jax import lora, model, optim, streams, visits
+from seal_jax import lora, optim, readers, streams, visits
 from seal_jax import slots as slots_lib
 from seal_jax.lanes import Lanes
 from seal_jax.lora import Adapter
@@ -112,7 +112,7 @@ def advance(
             return jnp.sum(losses_p), losses_p  # of one candidate each
 
         adapters = jax.vmap(lambda state_3n: lora.unflat(state_3n[0], form))(state_p3n)
-        if model.are_apart(params):
+        if readers.are_apart(params):
             adapters = lora.apart(adapters)
         (_, losses_p), grads = jax.value_and_grad(losses_of, has_aux=True)(adapters)
         # Joined once: fused with the three changes below, each number would be looked for in all.
@@ -209,8 +209,8 @@ def run(
     Args:
       ids: Of all candidates; a fresh adapter depends on `key` and its candidate's id.
     """
-    if model.few_layers(params.config) and not model.are_apart(params):
-        params = model.apart(params)  # of many layers nothing may be copied
+    if readers.few_layers(params.config) and not readers.are_apart(params):
+        params = readers.apart(params)  # of many layers nothing may be copied
     form = lora.form_of(lora.shapes(params.config, adapter))
     count = len(lanes.total_c)
     sizes = (lanes.residents, count, form.size)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, chunks, inner, multihost, sampling, sharding, streams
+from seal_jax import batching, chunks, inner, multihost, readers, sampling, sharding, streams
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -202,7 +202,7 @@ def evaluate(
       done: Says that the candidates at these places need not run again.
     """
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
-    params = sampling.readable(lm)
+    params = readers.readable(lm)
     settings = chunks.choose(params, batch, cfg)
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])

@@ -11,15 +11,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import config as config_lib
-from seal_jax import decoding, lora, model, sharding, streams
+from seal_jax import decoding, lora, sharding, streams
 from seal_jax import grammar as grammar_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.grammar import Automaton, Grammar
 from seal_jax.lora import Adapter
-from seal_jax.params import ModelConfig, Params
+from seal_jax.params import ModelConfig
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
@@ -150,41 +149,6 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
             state, draws = decoding.take_rows(state, jax.device_put(rows), draws)
             place_b = np.where(rows < 0, -1, place_b[rows])
     return results
-
-
-def ready(lm: LM, settings: config_lib.Mesh) -> LM:
-    """Returns the model with a copy of its weights laid out for reading, where that pays.
-
-    On one device inner loops read it too; on a mesh generation alone.
-    """
-    mesh = sharding.of(lm.params)
-    if lm.reader is not None:
-        return lm
-    if mesh is None:
-        if model.few_layers(lm.config) or _room_for_a_copy(lm.params):
-            return lm._replace(reader=model.apart(lm.params))
-        return lm
-    itemsize = lm.params.embed.dtype.itemsize
-    layout = sharding.decode_layout(lm.config, settings, mesh, itemsize)
-    if layout == "fsdp":
-        return lm
-    return lm._replace(reader=sharding.place(lm.params, sharding.weights(lm.config, mesh, layout)))
-
-
-def _room_for_a_copy(params: Params) -> bool:
-    """Returns whether weights are on a GPU of which two copies leave half free.
-
-    There a scan over stacked layers copies each before it multiplies; a TPU has no need to.
-    """
-    device = params.embed.addressable_shards[0].device
-    stats = (device.platform == "gpu" and device.memory_stats()) or {}
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    return 2 * size <= stats.get("bytes_limit", 0) / 2
-
-
-def readable(lm: LM) -> Params:
-    """Returns the weights that inner loops read: `ready`'s copy, if it is for them."""
-    return lm.params if lm.reader is None or sharding.of(lm.params) is not None else lm.reader
 
 
 class _Tile(NamedTuple):

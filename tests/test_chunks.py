@@ -56,7 +56,7 @@ def test_activations_are_kept_where_they_leave_room_for_half_as_many(monkeypatch
     monkeypatch.setattr(inner, "recompute", lambda settings: settings.remat in ("auto", "layers"))
     weights, made = toys.params(CONFIG), batch()
     base = {"auto": 100, "layers": 100, "none": 400}
-    needed = lambda lowered, lora, own, n: base[own.remat] + 10 * n
+    needed = lambda weights, lora, own, call: base[own.remat] + 10 * call.residents
     monkeypatch.setattr(chunks, "_bytes", needed)
 
     def chosen(limit, made=made):

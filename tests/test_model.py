@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import attention, model, rotary
+from seal_jax import attention, model, readers, rotary
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -81,7 +81,7 @@ def test_positions_start_anew_in_each_text():
     )
 
 
-@pytest.mark.parametrize("layout", [lambda params: params, model.apart], ids=["stacked", "apart"])
+@pytest.mark.parametrize("layout", [lambda params: params, readers.apart], ids=["stacked", "apart"])
 def test_cached_decoding_equals_the_full_forward_pass(family, models, layout):
     stacked = models[family]
     params, adapter = layout(stacked), toys.adapter(stacked.config)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import model, optim
+from seal_jax import optim, readers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -87,7 +87,7 @@ def test_loss_in_parts_and_recomputed_has_the_same_value_and_gradient(monkeypatc
     chex.assert_trees_all_close(value_and_grad(remat=True), plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("layout", [lambda params: params, model.apart], ids=["stacked", "apart"])
+@pytest.mark.parametrize("layout", [lambda params: params, readers.apart], ids=["stacked", "apart"])
 def test_the_gradient_made_along_with_the_loss_is_the_one_of_it(params, layout):
     """What passes by a frozen head, with a weight for each place, against JAX's own gradient."""
     params = layout(params)

@@ -15,7 +15,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import toys  # noqa: E402
 
-from seal_jax import config, inner, outer, sampling, sharding  # noqa: E402
+from seal_jax import config, inner, outer, readers, sampling, sharding  # noqa: E402
 from seal_jax.checkpoint import LM  # noqa: E402
 
 CONFIG = toys.config("qwen2", d_ff=32, vocab_size=40, n_layers=1)
@@ -81,7 +81,7 @@ def main(out: Path) -> None:
     methods = [method for *_, method in MESHES]
     for data, model_size, layout, method in [(1, 1, None, None), *MESHES]:
         mesh = sharding.make(config.Mesh(data, model_size)) if layout else None
-        lm = sampling.ready(model(mesh), config.Mesh(decode=layout or "auto"))
+        lm = readers.ready(model(mesh), config.Mesh(decode=layout or "auto"))
         values = [*inner_loop(lm), *drawing(lm)]
         for own in [method] if method else methods:
             values += finetuning(lm, own)
