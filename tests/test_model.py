@@ -120,7 +120,7 @@ def test_the_scan_over_layers_equals_the_unrolled_layers(params, monkeypatch):
     tokens_bt = toys.tokens(2, 5)
     # A new function each time, or the second trace would come from the first one's cache.
     unrolled = jax.jit(lambda p, x: model.forward(p, None, x))(params, tokens_bt)
-    monkeypatch.setattr(model, "_UNROLLED_LAYERS", 0)
+    monkeypatch.setattr(model, "UNROLLED_LAYERS", 0)
     looped = jax.jit(lambda p, x: model.forward(p, None, x))(params, tokens_bt)
     chex.assert_trees_all_close(unrolled, looped, **CLOSE)
 
