@@ -200,14 +200,20 @@ def adapt_many(
         return chunk, some, loss
 
     for chunk, some, loss in streams.ordered(work, arrange(params, batch, key)):
-        real = np.flatnonzero(chunk.index >= 0)
-        adapters.append(lora.take(some, real))
-        losses.append(sharding.fetch(loss)[real])
-        places.append(chunk.index[real])
+        adapters.append(some)
+        losses.append(sharding.fetch(loss))
+        places.append(chunk.index)
         most = max(most, int(np.max(chunk.slots.total_c)))
-    back = np.argsort(np.concatenate(places))
-    joined = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *adapters)
-    return joined, np.concatenate(losses)[back, :most]
+    who = np.concatenate(places)
+    real = np.flatnonzero(who >= 0)
+    back = real[np.argsort(who[real])]
+    return _joined(adapters, back), np.concatenate(losses)[back, :most]
+
+
+@jax.jit
+def _joined(chunks: list[Adapter], back: jax.Array) -> Adapter:
+    """Returns the adapters of all chunks, those at `back`."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *chunks)
 
 
 def diverged(batch: Batch, losses: np.ndarray) -> np.ndarray:

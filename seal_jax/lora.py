@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
@@ -156,8 +157,13 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
 def take(adapters: Adapter, index: jax.Array | int | Sequence[int] | slice) -> Adapter:
     """Returns some of the stacked adapters."""
-    if isinstance(index, list | tuple):
-        index = jnp.asarray(index)
+    if isinstance(index, slice):
+        return jax.tree.map(lambda leaf: leaf[index], adapters)
+    return _taken(adapters, np.asarray(index))
+
+
+@jax.jit  # one program, not several for each array
+def _taken(adapters: Adapter, index: jax.Array) -> Adapter:
     return jax.tree.map(lambda leaf: leaf[index], adapters)
 
 
