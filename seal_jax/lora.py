@@ -155,11 +155,9 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
 
 
-def take(adapters: Adapter, index: jax.Array | int | Sequence[int] | slice) -> Adapter:
+def take(adapters: Adapter, index: jax.Array | np.ndarray | int | Sequence[int]) -> Adapter:
     """Returns some of the stacked adapters."""
-    if isinstance(index, slice):
-        return jax.tree.map(lambda leaf: leaf[index], adapters)
-    return _taken(adapters, np.asarray(index))
+    return _taken(adapters, index if isinstance(index, jax.Array) else np.asarray(index))
 
 
 @jax.jit  # one program, not several for each array
