@@ -6,6 +6,7 @@ beside enough candidates.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> _Call:
 
 
 def _adapter_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
-    return 4 * lora.form_of(lora.shapes(config, adapter)).size
+    return 4 * math.prod(lora.form_of(lora.shapes(config, adapter)).shape)
 
 
 @functools.lru_cache
@@ -207,7 +208,7 @@ def _lowered(weights: _Weights, adapter, settings, call: _Call) -> Any:
     work = residents.Work(*[of(wp, jnp.int32)] * 3, *texts, of(wp, jnp.float32), of(wp, jnp.int32))
     return residents.advance.lower(
         jax.eval_shape(apart, params),
-        of((call.residents, 3, form.size), jnp.float32),
+        of((call.residents, 3, *form.shape), jnp.float32),
         of((call.chunk, call.room), jnp.float32),
         work,
         form=form,

@@ -4,7 +4,7 @@ b batch            t tokens           s tokens attended to   d model
 n query heads      k key/value heads  g n // k               h head
 f feed-forward     v vocabulary       l layers               r LoRA rank
 c candidate self-edits                i inner steps          m slots (groups of training texts)
-nh, kh: heads and their width as one axis.
+nh, kh: heads and their width as one axis. ex: an adapter's numbers in rows (`lora.Form`).
 """
 
 import typing

@@ -27,6 +27,8 @@ PROJECTIONS = {
     "down": ("f", "d"),
 }
 
+_ROW = 128  # numbers, as a TPU lays arrays out
+
 
 @struct.dataclass
 class Adapter:
@@ -201,8 +203,11 @@ class Form(NamedTuple):
     scale: float
 
     @property
-    def size(self) -> int:
-        return sum(math.prod(a) + math.prod(b) for _, a, b in self.targets)
+    def shape(self) -> tuple[int, int]:
+        """Rows and row of what holds it, zeros at the end. Of plain numbers [n], those of some
+        candidates cannot be changed on a TPU: its compiler does not come to an end."""
+        numbers = sum(math.prod(a) + math.prod(b) for _, a, b in self.targets)
+        return -(-numbers // _ROW), _ROW
 
 
 def form_of(adapter: Adapter) -> Form:
@@ -213,13 +218,17 @@ def form_of(adapter: Adapter) -> Form:
 
 
 def flat(adapter: Adapter) -> jax.Array:
-    """Returns an adapter's numbers [p] in one array; its layers may lie apart."""
+    """Returns an adapter's numbers in one array of the form's shape; its layers may lie apart."""
     pairs = [(adapter.a[name], adapter.b[name]) for name in sorted(adapter.a)]
-    return jnp.concatenate([x.ravel() for x in jax.tree.leaves(pairs)])
+    parts = [x.ravel() for x in jax.tree.leaves(pairs)]
+    if short := -sum(x.size for x in parts) % _ROW:
+        parts.append(jnp.zeros(short, parts[0].dtype))
+    return jnp.concatenate(parts).reshape(-1, _ROW)
 
 
-def unflat(numbers_p: jax.Array, form: Form) -> Adapter:
+def unflat(numbers_ex: jax.Array, form: Form) -> Adapter:
     """Returns the adapter whose numbers these are."""
+    numbers_p = numbers_ex.ravel()
     a, b, start = {}, {}, 0
     for name, *shapes in form.targets:
         for home, shape in zip((a, b), shapes, strict=True):

@@ -81,11 +81,11 @@ def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Wo
 @functools.partial(
     jax.jit,
     static_argnames=("form", "settings", "remat", "predicted"),
-    donate_argnames=("state_c3n", "losses_ci"),
+    donate_argnames=("state_c3ex", "losses_ci"),
 )
 def advance(
     params: Params,
-    state_c3n: jax.Array,
+    state_c3ex: jax.Array,
     losses_ci: jax.Array,
     work: Work,
     *,
@@ -100,44 +100,44 @@ def advance(
     that it may still read for another one's change, all residents' at every step.
 
     Args:
-      state_c3n: Adapters and Adam's two moments, flat.
+      state_c3ex: Adapters and Adam's two moments, flat.
       predicted: See `optim.loss`.
     """
 
-    def one(state_p3n, taken_p, tokens_bt, weights_bt, segments_bt, place_bt, peak_p, total_p):
+    def one(state_p3ex, taken_p, tokens_bt, weights_bt, segments_bt, place_bt, peak_p, total_p):
         texts = (tokens_bt, weights_bt, segments_bt, place_bt)
 
         def losses_of(adapters: Adapter) -> tuple[jax.Array, jax.Array]:
             losses_p = optim.losses(params, adapters, *texts, remat=remat, predicted=predicted)
             return jnp.sum(losses_p), losses_p  # of one candidate each
 
-        adapters = jax.vmap(lambda state_3n: lora.unflat(state_3n[0], form))(state_p3n)
+        adapters = jax.vmap(lambda state_3ex: lora.unflat(state_3ex[0], form))(state_p3ex)
         if readers.are_apart(params):
             adapters = lora.apart(adapters)
         (_, losses_p), grads = jax.value_and_grad(losses_of, has_aux=True)(adapters)
         # Joined once: fused with the three changes below, each number would be looked for in all.
-        grads_pn = jax.lax.optimization_barrier(jax.vmap(lora.flat)(grads))
+        grads_pex = jax.lax.optimization_barrier(jax.vmap(lora.flat)(grads))
 
-        def update(state_3n, taken, loss, grads_n, peak, total):
+        def update(state_3ex, taken, loss, grads_ex, peak, total):
             rate = lambda step: optim.learning_rate(
                 settings.schedule, step, peak, total, settings.warmup_steps
             )
             state, _ = optim.update(
-                optim.state(*state_3n, taken),
+                optim.state(*state_3ex, taken),
                 loss,
-                grads_n,
+                grads_ex,
                 rate,
                 clip=settings.clip,
                 weight_decay=settings.weight_decay,
             )
             return jnp.stack([state.trained, state.moments.mu, state.moments.nu])
 
-        every = (state_p3n, taken_p, losses_p, grads_pn, peak_p, total_p)
+        every = (state_p3ex, taken_p, losses_p, grads_pex, peak_p, total_p)
         return jax.vmap(update)(*every), losses_p
 
-    own_wp3n = state_c3n.at[work.resident_wp].get(mode="clip")
-    new_wp3n, loss_wp = jax.vmap(one)(
-        own_wp3n,
+    own_wp3ex = state_c3ex.at[work.resident_wp].get(mode="clip")
+    new_wp3ex, loss_wp = jax.vmap(one)(
+        own_wp3ex,
         work.step_wp,
         work.tokens,
         work.weights,
@@ -147,15 +147,15 @@ def advance(
         work.total_wp,
     )
     losses_ci = losses_ci.at[work.candidate_wp, work.step_wp].set(loss_wp, mode="drop")
-    return state_c3n.at[work.resident_wp].set(new_wp3n, mode="drop"), losses_ci
+    return state_c3ex.at[work.resident_wp].set(new_wp3ex, mode="drop"), losses_ci
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "settings"), donate_argnames=("state_c3n", "done_cn")
+    jax.jit, static_argnames=("config", "settings"), donate_argnames=("state_c3ex", "done_cex")
 )
 def move(
-    state_c3n: jax.Array,
-    done_cn: jax.Array,
+    state_c3ex: jax.Array,
+    done_cex: jax.Array,
     key: jax.Array,
     moves_m4: jax.Array,
     *,
@@ -169,22 +169,22 @@ def move(
       moves_m4: Resident, who leaves, where one enters (past the last: nobody), and its id.
     """
     resident, leaves, enters, ids = moves_m4.T
-    done_cn = done_cn.at[leaves].set(state_c3n.at[resident, 0].get(mode="clip"), mode="drop")
+    done_cex = done_cex.at[leaves].set(state_c3ex.at[resident, 0].get(mode="clip"), mode="drop")
     fresh = lambda name: lora.flat(lora.init(config, settings, jax.random.fold_in(key, name)))
-    fresh_mn = jax.vmap(fresh)(jax.lax.bitcast_convert_type(ids, jnp.uint32))
-    nothing = jnp.zeros_like(fresh_mn)
-    start_m3n = jnp.stack([fresh_mn, nothing, nothing], axis=1)
-    return state_c3n.at[enters].set(start_m3n, mode="drop"), done_cn
+    fresh_mex = jax.vmap(fresh)(jax.lax.bitcast_convert_type(ids, jnp.uint32))
+    nothing = jnp.zeros_like(fresh_mex)
+    start_m3ex = jnp.stack([fresh_mex, nothing, nothing], axis=1)
+    return state_c3ex.at[enters].set(start_m3ex, mode="drop"), done_cex
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(residents: int, count: int, size: int) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros((residents, 3, size), jnp.float32), jnp.zeros((count, size), jnp.float32)
+def _empty(residents: int, count: int, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros((residents, 3, *shape), jnp.float32), jnp.zeros((count, *shape), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _unflat(done_cn: jax.Array, form: lora.Form) -> Adapter:
-    return jax.vmap(lambda numbers_n: lora.unflat(numbers_n, form))(done_cn)
+def _unflat(done_cex: jax.Array, form: lora.Form) -> Adapter:
+    return jax.vmap(lambda numbers_ex: lora.unflat(numbers_ex, form))(done_cex)
 
 
 def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
@@ -213,13 +213,13 @@ def run(
         params = readers.apart(params)  # of many layers nothing may be copied
     form = lora.form_of(lora.shapes(params.config, adapter))
     count = len(lanes.total_c)
-    sizes = (lanes.residents, count, form.size)
-    state_c3n, done_cn = _guarded(("empty", sizes), _empty, sizes)
+    sizes = (lanes.residents, count, form.shape)
+    state_c3ex, done_cex = _guarded(("empty", sizes), _empty, sizes)
     losses_ci = jax.device_put(np.full((count, lanes.room), np.nan, np.float32))
     taken, home = np.zeros(count, np.int32), np.zeros(count, np.int32)
 
     def moved(moves: Sequence[Move]) -> None:
-        nonlocal state_c3n, done_cn
+        nonlocal state_c3ex, done_cex
         most = min(_MOVES, lanes.residents)
         for part in (moves[at : at + most] for at in range(0, len(moves), most)):
             rows = np.full((most, 4), (0, count, lanes.residents, 0), np.int64)
@@ -234,7 +234,7 @@ def run(
             static = {"config": params.config, "settings": adapter}
             call = functools.partial(move, **static)
             name = ("move", rows.shape, sizes, form)
-            state_c3n, done_cn = _guarded(name, call, (state_c3n, done_cn, key, moves_m4))
+            state_c3ex, done_cex = _guarded(name, call, (state_c3ex, done_cex, key, moves_m4))
 
     for i in np.flatnonzero(lanes.total_c == 0):  # an adapter that nobody trains
         if i < len(lanes.steps):
@@ -246,9 +246,9 @@ def run(
         work = jax.device_put(_work(lanes, visit, taken, home))
         taken[[lane.candidate for lane in visit.lanes]] += 1
         call = functools.partial(advance, **static, predicted=visit.size.predicted)
-        shapes = (state_c3n.shape, losses_ci.shape, visit.width, visit.size)
+        shapes = (state_c3ex.shape, losses_ci.shape, visit.width, visit.size)
         name = (shapes, *static.values(), params.config)
-        state_c3n, losses_ci = _guarded(name, call, (params, state_c3n, losses_ci, work))
+        state_c3ex, losses_ci = _guarded(name, call, (params, state_c3ex, losses_ci, work))
         moved(visit.moves)
-    del state_c3n
-    return _guarded(("unflat", count, form), _unflat, (done_cn, form)), losses_ci
+    del state_c3ex
+    return _guarded(("unflat", count, form), _unflat, (done_cex, form)), losses_ci
