@@ -104,50 +104,42 @@ def advance(
       predicted: See `optim.loss`.
     """
 
-    def one(state_p3ex, taken_p, tokens_bt, weights_bt, segments_bt, place_bt, peak_p, total_p):
-        texts = (tokens_bt, weights_bt, segments_bt, place_bt)
-
+    def one(adapters: Adapter, *texts: jax.Array) -> tuple[jax.Array, jax.Array]:
         def losses_of(adapters: Adapter) -> tuple[jax.Array, jax.Array]:
             losses_p = optim.losses(params, adapters, *texts, remat=remat, predicted=predicted)
             return jnp.sum(losses_p), losses_p  # of one candidate each
 
-        adapters = jax.vmap(lambda state_3ex: lora.unflat(state_3ex[0], form))(state_p3ex)
         if readers.are_apart(params):
             adapters = lora.apart(adapters)
         (_, losses_p), grads = jax.value_and_grad(losses_of, has_aux=True)(adapters)
-        # Joined once: fused with the three changes below, each number would be looked for in all.
-        grads_pex = jax.lax.optimization_barrier(jax.vmap(lora.flat)(grads))
+        return losses_p, jax.vmap(lora.flat)(grads)
 
-        def update(state_3ex, taken, loss, grads_ex, peak, total):
-            rate = lambda step: optim.learning_rate(
-                settings.schedule, step, peak, total, settings.warmup_steps
-            )
-            state, _ = optim.update(
-                optim.state(*state_3ex, taken),
-                loss,
-                grads_ex,
-                rate,
-                clip=settings.clip,
-                weight_decay=settings.weight_decay,
-            )
-            return jnp.stack([state.trained, state.moments.mu, state.moments.nu])
+    def update(k: jax.Array, state_c3ex: jax.Array) -> jax.Array:
+        """Takes the step of one candidate, in place."""
+        own = (work.resident_wp, work.step_wp, loss_wp, work.learning_rate_wp, work.total_wp)
+        at, taken, loss, peak, total = (x_wp.ravel()[k] for x_wp in own)
+        rate = lambda step: optim.learning_rate(
+            settings.schedule, step, peak, total, settings.warmup_steps
+        )
+        state, _ = optim.update(
+            optim.state(*_at(state_c3ex, at), taken),
+            loss,
+            _at(grads_kex, k),
+            rate,
+            clip=settings.clip,
+            weight_decay=settings.weight_decay,
+        )
+        new_3ex = jnp.stack([state.trained, state.moments.mu, state.moments.nu])
+        return _put(state_c3ex, at, new_3ex)
 
-        every = (state_p3ex, taken_p, losses_p, grads_pex, peak_p, total_p)
-        return jax.vmap(update)(*every), losses_p
-
-    own_wp3ex = state_c3ex.at[work.resident_wp].get(mode="clip")
-    new_wp3ex, loss_wp = jax.vmap(one)(
-        own_wp3ex,
-        work.step_wp,
-        work.tokens,
-        work.weights,
-        work.segments,
-        work.place,
-        work.learning_rate_wp,
-        work.total_wp,
-    )
+    own_wpex = state_c3ex.at[work.resident_wp, 0].get(mode="clip")
+    adapters = jax.vmap(jax.vmap(lambda numbers_ex: lora.unflat(numbers_ex, form)))(own_wpex)
+    texts = (work.tokens, work.weights, work.segments, work.place)
+    loss_wp, grads_wpex = jax.vmap(one)(adapters, *texts)
+    # Joined once: fused with the three changes above, each number would be looked for in all.
+    grads_kex = jax.lax.optimization_barrier(grads_wpex).reshape(-1, *form.shape)
     losses_ci = losses_ci.at[work.candidate_wp, work.step_wp].set(loss_wp, mode="drop")
-    return state_c3ex.at[work.resident_wp].set(new_wp3ex, mode="drop"), losses_ci
+    return jax.lax.fori_loop(0, len(grads_kex), update, state_c3ex), losses_ci
 
 
 @functools.partial(
@@ -158,6 +150,7 @@ def move(
     done_cex: jax.Array,
     key: jax.Array,
     moves_m4: jax.Array,
+    count: jax.Array,
     *,
     config: ModelConfig,
     settings: config_lib.Lora,
@@ -167,14 +160,34 @@ def move(
     Args:
       key: A fresh adapter depends on it and on its candidate's id.
       moves_m4: Resident, who leaves, where one enters (past the last: nobody), and its id.
+      count: How many of these count.
     """
-    resident, leaves, enters, ids = moves_m4.T
-    done_cex = done_cex.at[leaves].set(state_c3ex.at[resident, 0].get(mode="clip"), mode="drop")
-    fresh = lambda name: lora.flat(lora.init(config, settings, jax.random.fold_in(key, name)))
-    fresh_mex = jax.vmap(fresh)(jax.lax.bitcast_convert_type(ids, jnp.uint32))
-    nothing = jnp.zeros_like(fresh_mex)
-    start_m3ex = jnp.stack([fresh_mex, nothing, nothing], axis=1)
-    return state_c3ex.at[enters].set(start_m3ex, mode="drop"), done_cex
+
+    def one(k: jax.Array, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        state_c3ex, done_cex = arrays
+        resident, leaves, enters, name = moves_m4[k]
+        done_cex = _put(done_cex, leaves, _at(state_c3ex, resident)[0])
+        name = jax.lax.bitcast_convert_type(name, jnp.uint32)
+        fresh_ex = lora.flat(lora.init(config, settings, jax.random.fold_in(key, name)))
+        nothing = jnp.zeros_like(fresh_ex)
+        return _put(state_c3ex, enters, jnp.stack([fresh_ex, nothing, nothing])), done_cex
+
+    return jax.lax.fori_loop(0, count, one, (state_c3ex, done_cex))
+
+
+def _at(array_c: jax.Array, at: jax.Array) -> jax.Array:
+    """Returns what is at a place, or at the last."""
+    return jax.lax.dynamic_index_in_dim(array_c, at, keepdims=False)
+
+
+def _put(array_c: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
+    """Returns the array with something else at a place, or, past the last, as it is.
+
+    In a loop nothing is copied: a scatter of many would need all that they are and become beside
+    the array, on a TPU the array too.
+    """
+    new = jnp.where(at < len(array_c), new, _at(array_c, at))
+    return jax.lax.dynamic_update_index_in_dim(array_c, new, at, 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -230,11 +243,11 @@ def run(
                 if enters >= 0:
                     row[2:] = resident, ids[enters]
                     home[enters] = resident
-            moves_m4 = jax.device_put(rows.astype(np.uint32).view(np.int32))
+            moves = jax.device_put((rows.astype(np.uint32).view(np.int32), np.int32(len(part))))
             static = {"config": params.config, "settings": adapter}
             call = functools.partial(move, **static)
             name = ("move", rows.shape, sizes, form)
-            state_c3ex, done_cex = _guarded(name, call, (state_c3ex, done_cex, key, moves_m4))
+            state_c3ex, done_cex = _guarded(name, call, (state_c3ex, done_cex, key, *moves))
 
     for i in np.flatnonzero(lanes.total_c == 0):  # an adapter that nobody trains
         if i < len(lanes.steps):
