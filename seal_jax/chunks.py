@@ -8,16 +8,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, programs, readers, residents, sharding, visits
+from seal_jax import inner, lanes, lora, multihost, programs, readers, sharding, visits
 from seal_jax import params as params_lib
 from seal_jax.batching import Batch
+from seal_jax.lanes import Call
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
 
@@ -65,8 +66,8 @@ def choose(
     if mesh is not None:
         chunk = largest(functools.partial(bytes_of, settings), limit, tuple(counts))
         return _said(settings, chunk, limit)
-    # A resident's state, and in how many chunks' worth of adapters that are done it has a share.
-    each = (3 + 2 * lanes.GROUP) * _adapter_bytes(params.config, cfg.lora)
+    # A resident's state, and the adapters that are done, before and after they are laid out anew.
+    each = (3 + 3 * lanes.GROUP) * _adapter_bytes(params.config, cfg.lora)
     kept = dataclasses.replace(settings, remat="none")
     if settings.chunk:
         needed = bytes_of(kept, settings.chunk)
@@ -156,23 +157,12 @@ class _Weights(NamedTuple):
     apart: bool
 
 
-class _Call(NamedTuple):
-    """What it depends on of a batch; on a mesh, of residents and tokens alone."""
-
-    residents: int
-    width: int
-    size: visits.Size
-    chunk: int = 0
-    room: int = 0
-
-
-def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> _Call:
-    """Returns the largest call of a batch with `count` candidates resident."""
-    if mesh is not None:
-        longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
-        return _Call(count, 1, visits.Size(1, longest, longest))
-    shapes = lanes.shapes_of(batch, count)
-    return _Call(shapes.residents, *lanes.largest_call(batch, shapes), shapes.chunk, shapes.room)
+def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> Call:
+    """Returns the largest call of a batch with `count` candidates resident; on a mesh, a step."""
+    if mesh is None:
+        return lanes.largest_call(batch, count)
+    longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
+    return Call(count, 1, visits.Size(1, longest, longest))
 
 
 def _adapter_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
@@ -181,38 +171,18 @@ def _adapter_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
 
 @functools.lru_cache
 def _bytes(
-    weights: _Weights, adapter: config_lib.Lora, settings: config_lib.Inner, call: _Call
+    weights: _Weights, adapter: config_lib.Lora, settings: config_lib.Inner, call: Call
 ) -> int | None:
-    """Returns the bytes on each device of a call, or of a mesh's program, and of what is kept."""
-    if weights.mesh is not None:
-        cfg = config_lib.Config(lora=adapter, inner=settings)
-        config, mesh = weights.config, weights.mesh
-        program = programs.inner_loop(config, cfg, mesh, call.residents, call.size.t)
-    else:
-        program = _lowered(weights, adapter, settings, call)
-    done = 0 if weights.mesh is not None else _adapter_bytes(weights.config, adapter) * call.chunk
+    """Returns the bytes on each device at the worst moment of a chunk's inner loops."""
+    config = weights.config
     try:
-        return programs.memory(programs.compiled(program)).total + 2 * done
+        if weights.mesh is not None:
+            cfg = config_lib.Config(lora=adapter, inner=settings)
+            program = programs.inner_loop(config, cfg, weights.mesh, call.residents, call.size.t)
+            return programs.memory(programs.compiled(program)).total
+        apart = functools.partial(readers.layers_apart, always=weights.apart)
+        params = jax.eval_shape(apart, params_lib.shapes(config, jnp.dtype(weights.dtype)))
+        remat = inner.recompute(settings)
+        return programs.lanes_memory(params, adapter, settings, call, remat=remat).total
     except programs.TooBig:
         return None
-
-
-def _lowered(weights: _Weights, adapter, settings, call: _Call) -> Any:
-    """Returns the lowered call."""
-    of = jax.ShapeDtypeStruct
-    params = params_lib.shapes(weights.config, jnp.dtype(weights.dtype))
-    apart = functools.partial(readers.layers_apart, always=weights.apart)
-    form = lora.form_of(lora.shapes(weights.config, adapter))
-    wp, wbt = (call.width, call.size.places), (call.width, call.size.rows, call.size.t)
-    texts = [of(wbt, kind) for kind in (jnp.int32, jnp.int8, jnp.int32, jnp.int8)]
-    work = residents.Work(*[of(wp, jnp.int32)] * 3, *texts, of(wp, jnp.float32), of(wp, jnp.int32))
-    return residents.advance.lower(
-        jax.eval_shape(apart, params),
-        of((call.residents, 3, *form.shape), jnp.float32),
-        of((call.chunk, call.room), jnp.float32),
-        work,
-        form=form,
-        settings=inner.loop_settings(settings),
-        remat=inner.recompute(settings),
-        predicted=call.size.predicted,
-    )

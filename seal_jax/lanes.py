@@ -82,13 +82,29 @@ def shapes_of(batch: Batch, residents: int, tokens: int = 0, packed: bool | None
     )
 
 
-def largest_call(batch: Batch, shapes: Shapes) -> tuple[int, Size]:
-    """Returns width and size of the call with the most tokens that `arrange` plans."""
+class Call(NamedTuple):
+    """What a call's program depends on of a batch: `width` groups of `size`, the rest as Shapes."""
+
+    residents: int
+    width: int
+    size: Size
+    chunk: int = 0
+    room: int = 0
+
+
+def largest_call(batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None) -> Call:
+    """Returns the call with the most tokens that `arrange` plans; the arguments are its own."""
+    shapes = shapes_of(batch, residents, tokens, packed)
     if shapes.packed:
-        return max(shapes.calls, key=lambda x: x[0] * x[1].t)
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    size = max(map(visits.size_of, itertools.chain(*steps)), key=lambda s: s.rows * s.t)
-    return visits.width_of(size, shapes.residents), size._replace(predicted=size.t)
+        width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
+    else:
+        steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+        size = max(
+            map(visits.size_of, itertools.chain(*steps)), key=lambda size: size.rows * size.t
+        )
+        width = visits.width_of(size, shapes.residents, tokens)
+        size = size._replace(predicted=size.t)
+    return Call(shapes.residents, width, size, shapes.chunk, shapes.room)
 
 
 def arrange(

@@ -1,11 +1,14 @@
 """The four programs of a round, compiled at the counts asked for or at the largest that fit."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax import costs, programs, sampling, sharding
+from seal_jax import costs, lanes, programs, sampling, sharding, visits
+from seal_jax.batching import Batch, Candidate, Text
 from seal_jax.config import Config
 from seal_jax.costs import Workload
 from seal_jax.params import ModelConfig
@@ -44,6 +47,10 @@ class Setting(NamedTuple):
         return sharding.data_size(self.mesh)
 
     @property
+    def on_cpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def adapter(self) -> int:
         """Bytes of one adapter."""
         return 4 * costs.adapter_numbers(self.config, self.cfg.lora)
@@ -56,18 +63,33 @@ class Setting(NamedTuple):
 
 def inner(own: Setting, wanted: int) -> Fit:
     """Returns the inner loop of `wanted` candidates, or of the most that fit (0)."""
+    edits = own.cfg.outer.contexts * own.cfg.sampling.n
+    label = f"the inner loop of {own.tokens} tokens"
+    if own.mesh.size == 1:
+        guess = own.free // ((4 + 3 * lanes.GROUP) * own.adapter)
+        return _find(own, _at(own, label, functools.partial(_lanes, own)), wanted, 1, edits, guess)
     # Adapter, moments, gradient; inputs of layers; a layer at work; some logits.
     each = 4 * own.adapter + 2 * 4 * 128 * own.config.vocab_size
     width = own.config.n_layers * own.config.d_model + 6 * own.config.d_ff
     guess = own.free * own.parts / (each + own.itemsize * own.tokens * width)
-    at = _at(
-        own,
-        f"the inner loop of {own.tokens} tokens",
-        lambda c: programs.inner_loop(own.config, own.cfg, own.mesh, c, own.tokens),
-        own.copy,
-    )
-    edits = own.cfg.outer.contexts * own.cfg.sampling.n
+    lower = lambda c: programs.inner_loop(own.config, own.cfg, own.mesh, c, own.tokens)
+    at = _at(own, label, _program(lower), own.copy)
     return _find(own, at, wanted, own.parts, edits, int(guess))
+
+
+def _lanes(own: Setting, count: int) -> programs.Memory:
+    """Returns the bytes of inner loops in lanes, `count` candidates resident, as on one device."""
+    work, cfg = own.work, own.cfg
+    text = lambda size: Text(np.zeros(size, np.int32), np.ones(size, np.int8), size)
+    usual = (text(min(work.passage, own.tokens)), *[text(min(work.line, own.tokens))] * work.lines)
+    made = lambda *texts: Candidate(texts, cfg.inner.learning_rate, cfg.inner.epochs, 0)
+    many = max(count, cfg.outer.contexts * cfg.sampling.n)
+    batch = Batch((made(text(own.tokens)), *[made(*usual)] * (many - 1)), cfg.inner, 0)
+    tokens = visits.TOKENS["cpu" if own.on_cpu else "other"]
+    call = lanes.largest_call(batch, count, tokens)
+    params, place = programs.weights(own.config, own.mesh), sharding.replicated(own.mesh)
+    remat = cfg.inner.remat == "layers" or (cfg.inner.remat == "auto" and not own.on_cpu)
+    return programs.lanes_memory(params, cfg.lora, cfg.inner, call, remat=remat, place=place)
 
 
 def answer(own: Setting, chunk: int) -> Fit:
@@ -78,12 +100,8 @@ def answer(own: Setting, chunk: int) -> Fit:
     besides = own.weights if own.copy else 0
     besides += own.adapter * (chunk // own.parts) if each * own.parts < chunk else 0
     shape = (_QUESTIONS, own.work.question, own.layout)
-    at = _at(
-        own,
-        "answers",
-        lambda c: programs.answering(own.config, own.cfg, own.mesh, c, *shape),
-        besides,
-    )
+    lower = lambda c: programs.answering(own.config, own.cfg, own.mesh, c, *shape)
+    at = _at(own, "answers", _program(lower), besides)
     return at(each * own.parts)
 
 
@@ -96,7 +114,11 @@ def write(own: Setting) -> Fit:
     at = _at(
         own,
         f"self-edits of {settings.max_tokens} tokens",
-        lambda c: programs.writing(own.config, own.cfg, own.mesh, c, own.work.prompt, own.layout),
+        _program(
+            lambda c: programs.writing(
+                own.config, own.cfg, own.mesh, c, own.work.prompt, own.layout
+            )
+        ),
         own.weights if own.copy else 0,
     )
     edits = own.cfg.outer.contexts * settings.n
@@ -111,16 +133,21 @@ def finetune(own: Setting) -> Fit:
     at = _at(
         own,
         f"finetuning on texts of {length} tokens",
-        lambda _: programs.finetuning(own.config, own.cfg, own.mesh, length),
+        _program(lambda _: programs.finetuning(own.config, own.cfg, own.mesh, length)),
         own.weights,
     )
     return at(sft.batch_size)
 
 
+def _program(lower: Callable[[int], Any]) -> Callable[[int], programs.Memory]:
+    """Returns a function from a count to the bytes of the program lowered for it."""
+    return lambda count: programs.memory(programs.compiled(lower(count)))
+
+
 def _at(
-    own: Setting, label: str, lower: Callable[[int], Any], besides: int
+    own: Setting, label: str, memory_of: Callable[[int], programs.Memory], besides: int = 0
 ) -> Callable[[int], Fit]:
-    """Returns a function that compiles a program for a count.
+    """Returns a function that compiles for a count.
 
     Args:
       besides: Bytes on each device that are none of the program's.
@@ -129,7 +156,7 @@ def _at(
     def compiled(count: int) -> Fit:
         own.tell(f"compiling {label}: {count} at once")
         try:
-            memory = programs.memory(programs.compiled(lower(count)))
+            memory = memory_of(count)
         except programs.TooBig as error:
             return Fit(count, error.needed and error.needed + besides, None, False)
         total = memory.total + besides

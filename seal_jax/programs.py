@@ -1,21 +1,22 @@
 """The real programs of a run, compiled ahead of time for devices that need not be there.
 
-The inner loop is `inner.adapt_slots`, generation `decoding.run`, finetuning what `sft.finetune`
-runs; only their arguments are shapes instead of arrays.
+The inner loop is `inner.adapt_slots` on a mesh and `residents.advance` on one device, generation
+`decoding.run`, finetuning what `sft.finetune` runs; only their arguments are shapes, not arrays.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
-from seal_jax import decoding, inner, lora, sharding
+from seal_jax import decoding, inner, lanes, lora, residents, sharding
 from seal_jax import params as params_lib
 from seal_jax import sft as sft_lib
-from seal_jax.config import Config
+from seal_jax.config import Config, Inner, Lora
 from seal_jax.params import ModelConfig
 from seal_jax.slots import Slots
 
@@ -35,6 +36,11 @@ class Memory(NamedTuple):
         accept programs whose sum is far beyond the device."""
         least = self.arguments + self.outputs
         return max(self.peak or least + self.temporaries, least) + self.code
+
+    def beside(self, held: int) -> "Memory":
+        """Returns the bytes if so many more are held that are no arguments."""
+        peak = self.peak and self.peak + held
+        return self._replace(arguments=self.arguments + held, peak=peak)
 
 
 class TooBig(Exception):
@@ -67,6 +73,48 @@ def inner_loop(
             settings=inner.loop_settings(cfg.inner),
             remat=cfg.inner.remat != "none",
         )
+
+
+def lanes_memory(
+    params: Any,
+    adapter: Lora,
+    settings: Inner,
+    call: lanes.Call,
+    *,
+    remat: bool,
+    place: Sharding | None = None,
+) -> Memory:
+    """Returns the bytes on a device at the worst moment of adapting a chunk in lanes.
+
+    That is a call, with the adapters that are done beside it, or the end, when these become
+    adapters again.
+
+    Args:
+      params: The weights as shapes.
+      place: The device; by default the one that programs run on.
+
+    Raises:
+      TooBig: where one of the two programs does not fit.
+    """
+    of = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    form = lora.form_of(lora.shapes(params.config, adapter))
+    done_cex = of((call.chunk, *form.shape), jnp.float32)
+    wp, wbt = (call.width, call.size.places), (call.width, call.size.rows, call.size.t)
+    texts = [of(wbt, kind) for kind in (jnp.int32, jnp.int8, jnp.int32, jnp.int8)]
+    work = residents.Work(*[of(wp, jnp.int32)] * 3, *texts, of(wp, jnp.float32), of(wp, jnp.int32))
+    step = residents.advance.lower(
+        params,
+        of((call.residents, 3, *form.shape), jnp.float32),
+        of((call.chunk, call.room), jnp.float32),
+        work,
+        form=form,
+        settings=inner.loop_settings(settings),
+        remat=remat,
+        predicted=call.size.predicted,
+    )
+    own, end = memory(compiled(step)), memory(compiled(residents.unflat.lower(done_cex, form)))
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    return max(own.beside(done_cex.size * 4), end.beside(weights), key=lambda found: found.total)
 
 
 def writing(

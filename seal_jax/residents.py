@@ -196,8 +196,9 @@ def _empty(residents: int, count: int, shape: tuple[int, int]) -> tuple[jax.Arra
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _unflat(done_cex: jax.Array, form: lora.Form) -> Adapter:
-    return jax.vmap(lambda numbers_ex: lora.unflat(numbers_ex, form))(done_cex)
+def unflat(done_cex: jax.Array, form: lora.Form) -> Adapter:
+    """Returns the adapters [c, ...] that lie flat."""
+    return jax.lax.map(lambda numbers_ex: lora.unflat(numbers_ex, form), done_cex)
 
 
 def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
@@ -264,4 +265,4 @@ def run(
         state_c3ex, losses_ci = _guarded(name, call, (params, state_c3ex, losses_ci, work))
         moved(visit.moves)
     del state_c3ex
-    return _guarded(("unflat", count, form), _unflat, (done_cex, form)), losses_ci
+    return _guarded(("unflat", count, form), unflat, (done_cex, form)), losses_ci

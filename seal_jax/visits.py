@@ -17,7 +17,7 @@ from seal_jax.batching import Text
 # Tokens of a text are padded to one of these: 4 in 5 tokens of real self-edits are then useful.
 _LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
 # Tokens in a call: as few as keep the device busy, since fewer lanes are easier to fill.
-_TOKENS = {"cpu": 64, "other": 4096}
+TOKENS = {"cpu": 64, "other": 4096}
 _ROW = 256  # tokens in a row of several candidates, where nine in ten steps fit
 _PLACES = 8  # candidates in a row at most: each costs the adapters' products once more
 _CALL = 256  # a call takes as long as so many tokens more than it has
@@ -106,7 +106,7 @@ def _part(t: int, count: int) -> int:
 
 def most_tokens(tokens: int = 0) -> int:
     """Returns the tokens of a call: those asked for, or as the device likes it."""
-    return tokens or _TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
+    return tokens or TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
 
 
 def width_of(size: Size, residents: int, tokens: int = 0) -> int:

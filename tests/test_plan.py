@@ -66,6 +66,20 @@ def test_a_7b_model_on_a_v5e_8(facts):
     assert facts["answer 32"]["peak"] + resident < allowed
 
 
+def test_one_chip_is_planned_by_the_calls_that_it_runs():
+    """Packed calls: their states are arguments changed in place, and not copied beside."""
+    pytest.importorskip("libtpu")
+    small = config.load_config(ROOT / "configs" / "squad_qwen2p5_0p5b_v5e1.yaml")
+    made = plan.make(plan.Request(small, "v5e-1", candidates=64, stages=("inner",)))
+    fit, held = made["stages"]["inner"], made["held"]
+    states = 64 * 3 * held["one adapter"]
+    done = 250 * held["one adapter"]  # of all self-edits: fewer than four chunks' worth
+    assert fit["fits"] and fit["count"] == 64
+    assert fit["kinds"]["arguments"] == pytest.approx(held["weights"] + states + done, rel=0.05)
+    assert fit["kinds"]["outputs"] < GIB / 100
+    assert fit["kinds"]["temporaries"] < 2 * GIB + states
+
+
 def test_an_adapter_that_moves_would_be_seen():
     line = (
         "%all-gather.1 = f32[40,28,3584,32]{3,2,1,0} all-gather(%x), channel_id=1, "
