@@ -6,7 +6,6 @@ beside enough candidates.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import inner, lanes, lora, multihost, programs, readers, sharding, visits
+from seal_jax import costs, inner, lanes, multihost, programs, readers, sharding, visits
 from seal_jax import params as params_lib
 from seal_jax.batching import Batch
 from seal_jax.lanes import Call
@@ -67,7 +66,7 @@ def choose(
         chunk = largest(functools.partial(bytes_of, settings), limit, tuple(counts))
         return _said(settings, chunk, limit)
     # A resident's state, and the adapters that are done, before and after they are laid out anew.
-    each = (3 + 3 * lanes.GROUP) * _adapter_bytes(params.config, cfg.lora)
+    each = (3 + 3 * lanes.GROUP) * 4 * costs.adapter_numbers(params.config, cfg.lora)
     kept = dataclasses.replace(settings, remat="none")
     if settings.chunk:
         needed = bytes_of(kept, settings.chunk)
@@ -163,10 +162,6 @@ def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> Call:
         return lanes.largest_call(batch, count)
     longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
     return Call(count, 1, visits.Size(1, longest, longest))
-
-
-def _adapter_bytes(config: ModelConfig, adapter: config_lib.Lora) -> int:
-    return 4 * math.prod(lora.form_of(lora.shapes(config, adapter)).shape)
 
 
 @functools.lru_cache
