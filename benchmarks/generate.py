@@ -136,7 +136,8 @@ def ours(lm, prompts: list[list[list[int]]], args, adapters=None, n: int = 1) ->
     lm = readers.ready(lm, Mesh())  # as the stages of a run do
 
     def work() -> Any:
-        how = {"temperature": 1.0, "key": KEY} if n > 1 else {}
+        # Answers need no log-probabilities, self-edits do.
+        how = {"temperature": 1.0, "key": KEY} if n > 1 else {"logprobs": False}
         return sampling.decode(lm, prompts, adapters, samples=n, max_tokens=args.tokens, **how)
 
     with machine.Compiling() as compiling:

@@ -42,15 +42,22 @@ def keep_top_p(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
     return jnp.where(bits >= low, logits, -jnp.inf)
 
 
-def first_largest(values: jax.Array) -> jax.Array:
+def first_largest(values: jax.Array, parts: int = 1) -> jax.Array:
     """Returns argmax over the last axis; two plain reductions, which a CPU does far faster.
 
     Of a row with a NaN in it, the last place.
+
+    Args:
+      parts: Pieces that were joined to make the values. They are looked through one by one, so
+        that the compiler need not join them.
     """
     size = values.shape[-1]
     places = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    largest = jnp.max(values, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(values == largest, places, size - 1), axis=-1)
+    pairs = list(zip(*(jnp.array_split(x, parts, axis=-1) for x in (values, places)), strict=True))
+    largest = [jnp.max(part, axis=-1, keepdims=True) for part, _ in pairs]
+    largest = functools.reduce(jnp.maximum, largest)
+    first = [jnp.min(jnp.where(x == largest, place, size - 1), axis=-1) for x, place in pairs]
+    return functools.reduce(jnp.minimum, first)
 
 
 def draw(
@@ -72,7 +79,7 @@ class State:
       step: Tokens made of each, those after its end included.
       token, rule: The last token, and where it left the grammar.
       done: Whether a sequence has ended.
-      tokens, logprobs: [c, b, q, m].
+      tokens, logprobs: [c, b, q, m]; of log-probabilities None, unless they are wanted.
       count: Tokens of a sequence before its end.
     """
 
@@ -82,7 +89,7 @@ class State:
     rule: jax.Array
     cache: Cache
     tokens: jax.Array
-    logprobs: jax.Array
+    logprobs: jax.Array | None
     count: jax.Array
 
 
@@ -97,6 +104,7 @@ class Draws:
       grammar: What may follow what; log-probabilities are the model's all the same.
       greedy: Take the most likely token (static).
       nucleus: Draw within `top_p` (static).
+      scored: Keep log-probabilities (static): a sum over the vocabulary for each token.
     """
 
     ids_cb: jax.Array
@@ -108,6 +116,7 @@ class Draws:
     grammar: Grammar | None
     greedy: bool = struct.field(pytree_node=False)
     nucleus: bool = struct.field(pytree_node=False)
+    scored: bool = struct.field(pytree_node=False)
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "room", "own_adapters", "keep"))
@@ -146,10 +155,10 @@ def run(
         rule=none,
         cache=cache,
         tokens=jnp.zeros((*shape, room), jnp.int32),
-        logprobs=jnp.zeros((*shape, room), jnp.float32),
+        logprobs=jnp.zeros((*shape, room), jnp.float32) if draws.scored else None,
         count=none,
     )
-    state = _chosen(state, logits, _keys(draws, samples), draws)
+    state = _chosen(state, logits, _keys(draws, samples), draws, _head_parts(params))
     return _seen(_loop(params, adapters, state, draws, axis), keep)
 
 
@@ -203,7 +212,7 @@ def _readable(params: Params, adapters: Adapter | None, own_adapters: bool):
 def take_rows(state: State, row_b: jax.Array, draws: Draws) -> tuple[State, Draws]:
     """Returns the state of some rows of each c, and their draws; those of row -1 are done."""
     take = lambda axis: lambda x: jnp.take(x, row_b, axis=axis, mode="clip")
-    each = {name: take(1)(getattr(state, name)) for name in _ROWS}
+    each = {name: jax.tree.map(take(1), getattr(state, name)) for name in _ROWS}
     each["done"] |= (row_b < 0)[:, None]
     cache = state.cache
     names = ("prefix_k", "prefix_v", "suffix_k", "suffix_v")
@@ -223,14 +232,20 @@ def _keys(draws: Draws, samples: int) -> jax.Array:
     return jax.vmap(jax.vmap(lambda i: jax.vmap(lambda q: one(i, q))(number)))(draws.ids_cb)
 
 
-def _chosen(state: State, logits_cbqv: jax.Array, keys_cbq: jax.Array, draws: Draws) -> State:
-    """Returns the state after one more token of each sequence."""
+def _head_parts(params: Params) -> int:
+    return len(params.head) if isinstance(params.head, list) else 1
+
+
+def _chosen(
+    state: State, logits_cbqv: jax.Array, keys_cbq: jax.Array, draws: Draws, parts: int
+) -> State:
+    """Returns the state after one more token of each sequence; the head has so many parts."""
     logits_cbqv = sharding.constrain_rows(logits_cbqv)  # each device sorts its own
     offered_cbqv = logits_cbqv
     if draws.grammar is not None:
         offered_cbqv = jnp.where(draws.grammar.allowed(state.rule), logits_cbqv, -jnp.inf)
     if draws.greedy:
-        token = first_largest(offered_cbqv)
+        token = first_largest(offered_cbqv, parts)
     else:
         one = lambda logits, own: draw(
             logits,
@@ -240,22 +255,24 @@ def _chosen(state: State, logits_cbqv: jax.Array, keys_cbq: jax.Array, draws: Dr
             draws.nucleus,
         )
         token = jax.vmap(jax.vmap(jax.vmap(one)))(offered_cbqv, keys_cbq)
-    chosen = jnp.take_along_axis(logits_cbqv, token[..., None], -1)[..., 0]
     rule = state.rule if draws.grammar is None else draws.grammar.after(state.rule, token)
-    logprob = chosen - jax.nn.logsumexp(logits_cbqv, -1)
     token = token.astype(jnp.int32)
     ended = jnp.any(token[..., None] == draws.ends, -1)
     keep = ~state.done & ~ended
     put = lambda every, one: jax.lax.dynamic_update_slice_in_dim(
         every, jnp.where(keep, one, 0)[..., None], state.step, axis=-1
     )
+    logprobs = state.logprobs
+    if draws.scored:
+        chosen = jnp.take_along_axis(logits_cbqv, token[..., None], -1)[..., 0]
+        logprobs = put(logprobs, chosen - jax.nn.logsumexp(logits_cbqv, -1))
     return state.replace(
         step=state.step + 1,
         token=token,
         done=state.done | ended,
         rule=rule,
         tokens=put(state.tokens, token),
-        logprobs=put(state.logprobs, logprob),
+        logprobs=logprobs,
         count=state.count + keep,
     )
 
@@ -267,13 +284,14 @@ def _loop(params, adapters, state: State, draws: Draws, axis: int | None) -> Sta
         model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
     )
     most = jnp.minimum(draws.limit, state.tokens.shape[-1])
+    parts = _head_parts(params)
 
     def unfinished(state: State) -> jax.Array:
         return (state.step < most) & ~jnp.all(state.done)
 
     def advance(state: State) -> State:
         logits_cbqv, cache = step_on(params, adapters, state.token, state.cache)
-        return _chosen(state.replace(cache=cache), logits_cbqv, keys_cbq, draws)
+        return _chosen(state.replace(cache=cache), logits_cbqv, keys_cbq, draws, parts)
 
     return jax.lax.while_loop(unfinished, advance, state)
 

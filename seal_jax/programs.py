@@ -137,6 +137,7 @@ def writing(
         samples=cfg.sampling.n,
         room=cfg.sampling.max_tokens,
         greedy=not cfg.sampling.temperature,
+        scored=True,
         nucleus=bool(cfg.sampling.temperature) and cfg.sampling.top_p < 1,
         own_adapters=False,
     )
@@ -163,6 +164,7 @@ def answering(
         samples=1,
         room=cfg.answers.max_tokens,
         greedy=True,
+        scored=False,
         nucleus=False,
         own_adapters=True,
     )
@@ -226,6 +228,7 @@ def _generation(config, mesh, adapters, shape, layout, **static) -> Any:
         grammar=None,
         greedy=static.pop("greedy"),
         nucleus=static.pop("nucleus"),
+        scored=static.pop("scored"),
     )
     with sharding.use(mesh):
         return decoding.run.lower(

@@ -121,6 +121,7 @@ def answer(
         max_tokens=cfg.answers.max_tokens,
         chunk=cfg.answers.chunk,
         pad_to=pad_to,
+        logprobs=False,
     )
     return [[sampling.text(lm, one[0]) for one in rows] for rows in out[: len(contexts)]]
 

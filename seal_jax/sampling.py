@@ -30,12 +30,12 @@ class Output(NamedTuple):
 
     Attributes:
       tokens: Ids.
-      logprobs: Log-probability of each token under the model at temperature 1.
+      logprobs: Log-probability of each token under the model at temperature 1; None unless wanted.
       ended: False where the token budget cut it.
     """
 
     tokens: np.ndarray
-    logprobs: np.ndarray
+    logprobs: np.ndarray | None
     ended: bool
 
 
@@ -53,6 +53,7 @@ def decode(
     chunk: int = 0,
     pad_to: int = 0,
     grammar: Grammar | None = None,
+    logprobs: bool = True,
 ) -> list[list[list[Output]]]:
     """Returns generated sequences [c][b][samples].
 
@@ -65,6 +66,7 @@ def decode(
       chunk: Sequences decoded together; 0 chooses by the device.
       pad_to: Pad prompts to at least this length, so that several calls share one program.
       grammar: Every sequence that ends is of its language.
+      logprobs: Whether log-probabilities are wanted; a step is a little faster without.
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")
@@ -94,6 +96,7 @@ def decode(
         grammar=grammar,
         greedy=not temperature,
         nucleus=bool(temperature) and top_p < 1,
+        scored=logprobs,
     )
     draws = sharding.share(draws, mesh)
     params = lm.params if lm.reader is None else lm.reader
@@ -125,7 +128,8 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
     state = None
     for size in rooms:
         static = {"room": size, "own_adapters": own, "keep": size < room}
-        shape = (len(place_b), *prompts[0].shape, samples, size, draws.greedy, own, params.config)
+        kind = (draws.greedy, draws.scored, own, params.config)
+        shape = (len(place_b), *prompts[0].shape, samples, size, *kind)
         with streams.first_call(shape):
             if state is None:
                 state = decoding.run(params, adapters, *prompts, draws, samples=samples, **static)
@@ -136,7 +140,11 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
         for at, place in np.ndindex(c, len(place_b)):
             if place_b[place] >= 0:
                 results[at][place_b[place]] = [
-                    Output(tokens[i][: count[i]], logprobs[i][: count[i]], bool(done[i]))
+                    Output(
+                        tokens[i][: count[i]],
+                        None if logprobs is None else logprobs[i][: count[i]],
+                        bool(done[i]),
+                    )
                     for i in [(at, place, q) for q in range(samples)]
                 ]
         if done.all() or step >= limit:
@@ -279,6 +287,7 @@ def generate(
         top_p=top_p,
         key=key,
         chunk=chunk,
+        logprobs=False,
     )
     return [text(lm, one) for rows in out for row in rows for one in row]
 

@@ -1,4 +1,4 @@
-"""The nucleus, against a sort of the vocabulary."""
+"""The nucleus, against a sort of the vocabulary; the most likely token, against numpy's."""
 
 import jax
 import numpy as np
@@ -33,3 +33,10 @@ def test_the_nucleus_is_the_smallest_set_of_likely_tokens_with_the_mass(top_p, s
 
 def test_all_tokens_of_equal_chance_stay():
     assert np.all(np.isfinite(decoding.keep_top_p(np.zeros((2, 7), np.float32), 0.3)))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_most_likely_token_is_the_first_of_the_largest_in_any_part(parts):
+    values = np.random.default_rng(0).integers(0, 9, (50, 7)).astype(np.float32)  # many ties
+    found = decoding.first_largest(values, parts)
+    np.testing.assert_array_equal(found, np.argmax(values, axis=-1))

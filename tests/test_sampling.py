@@ -44,6 +44,17 @@ def test_a_cache_that_grows_and_sheds_rows_changes_no_token(monkeypatch, layers,
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {}])
+def test_without_log_probabilities_the_tokens_are_the_same(monkeypatch, how):
+    lm = model()
+    monkeypatch.setattr(sampling, "_ROOMS_ON_THE_WAY", (8,))  # several programs, rows left behind
+    tokens, records = written(lm, samples=1, **how)
+    assert all(len(one.logprobs) == len(one.tokens) for row in records for one in row)
+    again, records = written(lm, samples=1, logprobs=False, **how)
+    assert again == tokens
+    assert all(one.logprobs is None for row in records for one in row)
+
+
 def test_the_limit_ends_a_sequence_within_any_program(monkeypatch):
     lm = model(eos_ids=())
     for rooms in ((), (8,), (8, 16)):
