@@ -244,11 +244,12 @@ def run(
                 if enters >= 0:
                     row[2:] = resident, ids[enters]
                     home[enters] = resident
-            moves = jax.device_put((rows.astype(np.uint32).view(np.int32), np.int32(len(part))))
+            numbers = (rows.astype(np.uint32).view(np.int32), np.int32(len(part)))
             static = {"config": params.config, "settings": adapter}
             call = functools.partial(move, **static)
             name = ("move", rows.shape, sizes, form)
-            state_c3ex, done_cex = _guarded(name, call, (state_c3ex, done_cex, key, *moves))
+            arrays = (state_c3ex, done_cex, key, *jax.device_put(numbers))
+            state_c3ex, done_cex = _guarded(name, call, arrays)
 
     for i in np.flatnonzero(lanes.total_c == 0):  # an adapter that nobody trains
         if i < len(lanes.steps):

@@ -11,7 +11,7 @@ import provenance
 import pytest
 import toys
 
-from seal_jax import inner, lora, optim
+from seal_jax import inner, lora, optim, residents
 from seal_jax import slots as slots_lib
 from seal_jax.config import Config, Inner, Lora
 from seal_jax.slots import Slots
@@ -95,6 +95,15 @@ def test_the_chunk_size_changes_nothing(params, together):
     for i, n in enumerate(STEPS):
         np.testing.assert_allclose(losses[i][:n], together[1][i][:n], **LOSS_CLOSE)
     chex.assert_trees_all_close(adapters, together[0], **STATE_CLOSE)
+
+
+def test_more_candidates_than_move_at_once_train_like_few(params):
+    count = residents._MOVES + 3
+    written = [f"lr={RATE};epochs=2;" + toys.text(5 + n, (9, n)) for n in range(count)]
+    adapters, losses = run(params, written, chunk=count)  # all are resident from the start
+    few, of_few = run(params, written, chunk=2)
+    np.testing.assert_allclose(losses, of_few, **LOSS_CLOSE)
+    chex.assert_trees_all_close(adapters, few, **STATE_CLOSE)
 
 
 def test_learning_rate_0_changes_nothing_to_the_last_bit(params, fresh):
