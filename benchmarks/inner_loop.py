@@ -42,6 +42,8 @@ _HEAD = (
     "programs",
 )
 
+_CLOSE = {"float32": 1e-4, "bfloat16": 0.05}  # first losses to PEFT's, relatively
+
 
 def main() -> None:
     parser = machine.arguments(__doc__.splitlines()[0])
@@ -60,7 +62,7 @@ def main() -> None:
         args.candidates, args.peer_candidates, args.padded_steps = 4, 2, 1
         args.targets = ["q, v"]
     accelerated = jax.default_backend() != "cpu"
-    dtype = args.dtype or ("bfloat16" if accelerated else "float32")
+    args.dtype = dtype = args.dtype or ("bfloat16" if accelerated else "float32")
     n = args.candidates or max(args.chunks)
     work = workload.make(args.shape, n, per_context=-(-n // 50), dtype=dtype)
     result: dict[str, Any] = {
@@ -117,7 +119,9 @@ def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, A
             row["over_unpadded"] = row["useful_tokens_per_s"] / rate
             row["over_padded"] = row["useful_tokens_per_s"] / padded
             gaps = [np.abs(losses[i, : len(x)] / x - 1).max() for i, x in enumerate(theirs)]
-            row["loss_difference"] = float(max(gaps))
+            row["loss_difference"] = gap = float(max(gaps))
+            if not gap < _CLOSE[args.dtype]:
+                raise SystemExit(f"chunk {chunk}: first losses differ from PEFT's by {gap:.1e}")
         found["chunks"].append(row)
     return found
 
