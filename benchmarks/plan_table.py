@@ -1,4 +1,4 @@
-"""The plan table of docs/tpu.md: `python benchmarks/plan_table.py` (an hour or two on two cores).
+"""The plan table of docs/tpu.md: `python benchmarks/plan_table.py` (tens of minutes on two cores).
 
 Compiles the real programs for every model and slice, with the settings of the paper's SQuAD runs
 but self-edits of at most 1,024 tokens, and texts of at most 1,024. A cell that is there already (a
