@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
@@ -66,16 +67,24 @@ def load_tree(folder: files.AnyPath, like: Any) -> Any:
     Raises:
       SealError: where the folder holds another tree, or is damaged.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if jax.process_count() > 1:
         return _load_by_leader(folder, like)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", device)),
-        like,
-    )
     with _damage(folder):
-        tree = ocp.load(_absolute(folder), abstract)
+        tree = ocp.load(_absolute(folder), jax.tree.map(_abstract, like))
+    tree = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
     return _checked(tree, like, folder)
+
+
+def _abstract(x: Any) -> Any:
+    """Returns what tells Orbax how to restore a leaf like this one.
+
+    One that is bound to no device is read to the host first: Orbax binds what it places, and a
+    program whose arguments are bound is another one, to be traced and compiled anew.
+    """
+    bound = x.committed if isinstance(x, jax.Array) else getattr(x, "sharding", None) is not None
+    if bound:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    return np.empty(x.shape, x.dtype)
 
 
 def _load_by_leader(folder: files.AnyPath, like: Any) -> Any:
