@@ -1,0 +1,33 @@
+"""A saved tree comes back number for number, and lies as the one that it takes the place of."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import toys
+
+from seal_jax import model, state
+
+CONFIG = toys.config("qwen2", n_layers=2)
+
+
+def test_restored_weights_run_the_programs_of_those_they_replace(tmp_path):
+    base = toys.params(CONFIG)
+    changed = jax.tree.map(lambda x: (x + 1).astype(jnp.bfloat16), base)
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base)
+    state.save_tree(tmp_path / "policy", changed)
+    restored = state.load_tree(tmp_path / "policy", base)
+    chex.assert_trees_all_equal(restored, changed)
+    forward = jax.jit(lambda params, tokens: model.forward(params, None, tokens))
+    tokens = jnp.ones((1, 4), jnp.int32)
+    for params in (base, changed, restored):
+        forward(params, tokens)
+    assert forward._cache_size() == 1
+
+
+def test_a_tree_bound_to_a_device_is_restored_there(tmp_path):
+    device = jax.devices()[0]
+    tree = jax.device_put({"a": jnp.arange(3.0)}, device)
+    state.save_tree(tmp_path / "tree", tree)
+    restored = state.load_tree(tmp_path / "tree", tree)
+    chex.assert_trees_all_equal(restored, tree)
+    assert restored["a"].committed and restored["a"].devices() == {device}
