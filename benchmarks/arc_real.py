@@ -9,12 +9,12 @@ Run: python benchmarks/arc_real.py --challenges training_challenges.json \
 """
 
 import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import machine
 import numpy as np
 import tyro
 
@@ -99,9 +99,9 @@ def main(arguments: Arguments) -> None:
             f"{table[name]['solved_by_any']} by any of {found.shape[1]}; rate {stats.text(mean)}"
         )
     if arguments.out is not None:
-        machine = f"{platform.machine()}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
         record = {
-            "machine": machine,
+            "command": machine.command(),
+            "machine": machine.describe(),
             "seconds": round(time.monotonic() - start),
             "side": arguments.side,
             "tokens": arguments.tokens,
