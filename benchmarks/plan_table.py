@@ -1,4 +1,6 @@
-"""The plan table of docs/tpu.md: `python benchmarks/plan_table.py` (tens of minutes on two cores).
+"""The plan table of docs/tpu.md, and the plans at the head of configurations.
+
+    python benchmarks/plan_table.py        # tens of minutes on two cores
 
 Compiles the real programs for every model and slice, with the settings of the paper's SQuAD runs
 but self-edits of at most 1,024 tokens, and texts of at most 1,024. A cell that is there already (a
@@ -7,6 +9,7 @@ file of results/plans) is not compiled again; `--render` compiles nothing.
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from seal_jax import config, plan
@@ -14,6 +17,8 @@ from seal_jax.hardware import GIB
 
 ROOT = Path(__file__).parents[1]
 PLANS = ROOT / "benchmarks" / "results" / "plans"
+CONFIGS = ROOT / "configs"
+HEAD = re.compile(r"# `plan` \(benchmarks/results/plans/(.+)\.json;.*\n(?:#   .*\n)+")
 PAGE = ROOT / "docs" / "tpu.md"
 SETTINGS = ROOT / "configs" / "squad_qwen2p5_7b.yaml"
 MODELS = {
@@ -59,8 +64,32 @@ def row(model: str, place: str) -> str:
     )
 
 
+def head(name: str) -> str:
+    """Returns the comment on a cell's plan at the head of a configuration."""
+    made = json.loads((PLANS / f"{name}.json").read_text())
+    fits = {stage: (fit["count"], fit["bytes"] / GIB) for stage, fit in made["stages"].items()}
+    floors = {
+        limit: sum(stage[limit] for stage in made["round"].values())
+        for limit in ("compute", "links", "memory")
+    }
+    slowest = sorted(floors, key=lambda limit: -floors[limit])
+    return (
+        f"# `plan` (benchmarks/results/plans/{name}.json; GiB a device, of "
+        f"{made['bytes allowed'] * (1 - made['head-room']) / GIB:.2f}):\n"
+        f"#   fits: {fits['inner'][0]} candidates at once ({fits['inner'][1]:.2f}), "
+        f"{fits['write'][0]} self-edits at once ({fits['write'][1]:.2f}), "
+        f"finetuning ({fits['finetune'][1]:.2f})\n"
+        f"#   a round: {made['flops']:.2g} operations; floors: "
+        + ", ".join(f"{limit} {floors[limit]:.0f} s" for limit in slowest if floors[limit])
+        + f";\n#   about {made['hours']:.2g} h ({made['chip hours']:.2g} chip-hours) at "
+        f"{made['assumed']['efficiency']:.0%} of them\n"
+    )
+
+
 def render() -> None:
-    """Writes the table into the page."""
+    """Writes the table into the page, and the comments into configurations."""
+    for file in CONFIGS.glob("*.yaml"):
+        file.write_text(HEAD.sub(lambda found: head(found[1]), file.read_text()))
     lines = [
         BEGIN,
         "| model | slice | fits | candidates at once | GiB a device | self-edits at once | "

@@ -12,22 +12,21 @@ import numpy as np
 
 from seal_jax import (
     checkpoint,
+    held_out,
     judge_model,
     multihost,
     outer,
     progress,
-    readers,
-    rewards,
     runs,
     runtime,
     sharding,
     stats,
 )
 from seal_jax import table as table_lib
-from seal_jax.batching import SelfEdit, identity
-from seal_jax.checkpoint import LM
+from seal_jax.batching import identity
 from seal_jax.config import Config
 from seal_jax.errors import SealError
+from seal_jax.policies import Policies, Saved
 from seal_jax.stats import Estimate
 from seal_jax.table import Row
 from seal_jax.tasks import Context, Task
@@ -65,22 +64,23 @@ def _run(cfg: Config, folder: str | Path | None) -> Report:
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
     mesh = sharding.make(cfg.mesh)
     path = runs.open_run(cfg, folder)
-    lm = checkpoint.load_model(cfg.model, mesh=mesh)
+    models = Policies(checkpoint.load_model(cfg.model, mesh=mesh), cfg.outer.adapt)
     metrics = runs.Metrics(path, cfg.trackers, cfg.name)
-    summaries, policies = [], {"own self-edits": lm}
-    policy = control = lm
+    summaries, policies = [], {"own self-edits": None}
+    policy = control = None
     for number in range(cfg.outer.rounds):
         multihost.check()
         contexts = _contexts(task, number, cfg)
-        adapted = lm if cfg.outer.adapt == "base" else policy
-        policy, summary = one_round(policy, adapted, task, contexts, path, number, cfg, metrics)
+        policy, summary = one_round(models, policy, task, contexts, path, number, cfg, metrics)
         summaries.append(summary)
         policies[f"round {number + 1}"] = policy
         if cfg.outer.control:
-            control = one_control_round(control, task, contexts, path, number, cfg)
+            control = one_control_round(models, control, task, contexts, path, number, cfg)
     if cfg.outer.control and cfg.outer.rounds:
         policies["control"] = control
-    table = evaluate(lm, policies, task, path, cfg, metrics) if cfg.evaluation.contexts else []
+    table = []
+    if cfg.evaluation.contexts:
+        table = held_out.evaluate(models, policies, task, path, cfg, metrics)
     return Report(path, summaries, table)
 
 
@@ -115,28 +115,29 @@ def _contexts(task: Task, number: int, cfg: Config) -> list[Context]:
 
 
 def one_round(
-    lm: LM,
-    adapted: LM,
+    models: Policies,
+    policy: Saved,
     task: Task,
     contexts: Sequence[Context],
     path: Path,
     number: int,
     cfg: Config,
     metrics: runs.Metrics,
-) -> tuple[LM, runs.Record]:
-    """Returns the policy after one round, and the round's summary.
+) -> tuple[Saved, runs.Record]:
+    """Returns where the policy is after one round, and the round's summary.
 
-    Args:
-      lm: The policy: it writes self-edits and is finetuned on the best.
-      adapted: The model that self-edits are applied to.
+    The policy writes self-edits and is finetuned on the best. They are applied to the policy too,
+    or with `outer.adapt: base` to the model before any round.
     """
     home = path / f"round_{number}"
     start = time.monotonic()
     key = outer.key_of(cfg, "write", number)
-    edits = outer.write_edits(lm, task, contexts, cfg.sampling.n, home / "edits.jsonl", key, cfg)
+    edits = outer.write_edits(
+        models.load(policy), task, contexts, cfg.sampling.n, home / "edits.jsonl", key, cfg
+    )
     wrote = time.monotonic()
     rows = outer.test_edits(
-        adapted,
+        models.load_adapted(policy),
         task,
         edits,
         cfg.outer.seeds,
@@ -154,8 +155,9 @@ def one_round(
         rng = np.random.default_rng(identity(cfg.seed, "replay", number))
         kept = kept + outer.replay(others, round(len(kept) * share / (1 - share)), rng)
     runs.write_lines(home / "kept.jsonl", [_kept_record(x) for x in kept])
-    base = base_rewards(adapted, task, contexts, home / "base.jsonl", cfg)
-    after = outer.train_policy(lm, kept, home / "policy", outer.key_of(cfg, "sft", number), cfg)
+    base = outer.base_rewards(models.load_adapted(policy), task, contexts, home / "base.jsonl", cfg)
+    key = outer.key_of(cfg, "sft", number)
+    trained = outer.train_policy(models.load(policy), kept, home / "policy", key, cfg)
     summary = summarise(scored, kept, base, rows)
     runs.write_json(home / "summary.json", summary)
     metrics.log(
@@ -166,24 +168,34 @@ def one_round(
         reward=summary["reward"]["mean"],
         reward_kept=summary["reward_kept"]["mean"] if kept else 0.0,
     )
-    return after, summary
+    return home / "policy" if trained else policy, summary
 
 
 def one_control_round(
-    lm: LM, task: Task, contexts: Sequence[Context], path: Path, number: int, cfg: Config
-) -> LM:
-    """Returns the control policy after one round: finetuned on a random self-edit of each context.
+    models: Policies,
+    policy: Saved,
+    task: Task,
+    contexts: Sequence[Context],
+    path: Path,
+    number: int,
+    cfg: Config,
+) -> Saved:
+    """Returns where the control policy is after one round, on a random self-edit of each context.
 
     It writes its own self-edits with the keys of the policy, so that the two differ in the choice
     alone.
     """
     home = path / "control" / f"round_{number}"
     key = outer.key_of(cfg, "write", number)
-    edits = outer.write_edits(lm, task, contexts, cfg.sampling.n, home / "edits.jsonl", key, cfg)
+    edits = outer.write_edits(
+        models.load(policy), task, contexts, cfg.sampling.n, home / "edits.jsonl", key, cfg
+    )
     rng = np.random.default_rng(identity(cfg.seed, "control", number))
     kept = outer.keep_random(outer.gather(task, edits, []), rng)
     runs.write_lines(home / "kept.jsonl", [_kept_record(x) for x in kept])
-    return outer.train_policy(lm, kept, home / "policy", outer.key_of(cfg, "sft", number), cfg)
+    key = outer.key_of(cfg, "sft", number)
+    trained = outer.train_policy(models.load(policy), kept, home / "policy", key, cfg)
+    return home / "policy" if trained else policy
 
 
 def _kept_record(x: outer.Scored) -> runs.Record:
@@ -195,24 +207,6 @@ def _kept_record(x: outer.Scored) -> runs.Record:
         "prompt": x.prompt,
         "completion": x.text,
     }
-
-
-def base_rewards(
-    lm: LM, task: Task, contexts: Sequence[Context], file: Path, cfg: Config
-) -> list[float]:
-    """Returns the un-adapted model's reward on each context: once per policy, kept on file."""
-    found = {row["context"]: row["reward"] for row in runs.records(file)}
-    if any(context.id not in found for context in contexts):
-        scores = rewards.score(readers.ready(lm, cfg.mesh), None, task, contexts, cfg)
-        rows = [
-            {"context": context.id, "reward": float(reward), "answers": answers}
-            for context, reward, answers in zip(
-                contexts, scores.reward, scores.answers, strict=True
-            )
-        ]
-        runs.write_lines(file, rows)
-        found = {row["context"]: row["reward"] for row in runs.records(file)}
-    return [found[context.id] for context in contexts]
 
 
 def summarise(
@@ -238,68 +232,6 @@ def summarise(
         "kept": len(kept),
         "not_applied": dict(sorted(errors.items())),
     }
-
-
-def evaluate(
-    lm: LM, policies: dict[str, LM], task: Task, path: Path, cfg: Config, metrics: runs.Metrics
-) -> list[Row]:
-    """Returns the table: the bare model, reference self-edits, and each policy's own self-edits.
-
-    Reference self-edits (the passage alone, an oracle's) adapt the model before any round. A
-    policy's self-edits adapt the policy itself, or with `outer.adapt: base` that model too.
-    """
-    contexts = list(task.held_out[: cfg.evaluation.contexts])
-    home = path / "eval"
-    bare = base_rewards(lm, task, contexts, home / "base.jsonl", cfg)
-    rows = [Row("base", tuple(bare), len(bare))]
-    for name in _references(cfg, task):
-        texts = [(context, task.references[name](context)) for context in contexts]
-        edits = [
-            SelfEdit(context, i, text)
-            for context, made in texts
-            for i, text in enumerate([made] if isinstance(made, str) else made)
-        ]
-        rows.append(_row(name, lm, task, edits, home, cfg, metrics))
-    for name, policy in policies.items():
-        file = home / f"{_slug(name)}.edits.jsonl"
-        key = outer.key_of(cfg, "write", "held-out")
-        edits = outer.write_edits(policy, task, contexts, cfg.evaluation.n, file, key, cfg)
-        adapted = lm if cfg.outer.adapt == "base" else policy
-        rows.append(_row(name, adapted, task, edits, home, cfg, metrics))
-    last = [row for row in rows if row.name == "oracle"]
-    rows = [row for row in rows if row.name != "oracle"] + last
-    runs.write_json(
-        home / "table.json",
-        {
-            row.name: {**row.estimate._asdict(), "trials": row.trials, "rewards": row.rewards}
-            for row in rows
-        },
-    )
-    return rows
-
-
-def _references(cfg: Config, task: Task) -> list[str]:
-    """Returns the names of the reference self-edits to evaluate."""
-    wanted = cfg.evaluation.references
-    return [name for name in task.references if wanted is None or name in wanted]
-
-
-def _slug(name: str) -> str:
-    return name.replace(" ", "_").replace("-", "_")
-
-
-def _row(name, lm, task, edits, home: Path, cfg: Config, metrics) -> Row:
-    """Returns a condition's mean reward on each context, over its self-edits and seeds."""
-    key = outer.key_of(cfg, "inner", "held-out")
-    file = home / f"{_slug(name)}.jsonl"
-    rows = outer.test_edits(lm, task, edits, cfg.evaluation.seeds, file, key, cfg, metrics)
-    by_context: dict[str, dict[int, list[float]]] = {edit.context.id: {} for edit in edits}
-    for row in rows:
-        by_context[row["context"]].setdefault(row["index"], []).append(row["reward"])
-    # Of several tries an oracle knows the best.
-    over = max if name == "oracle" else stats.mean
-    each = [[stats.mean(seeds) for seeds in own.values()] for own in by_context.values()]
-    return Row(name, tuple(over(own) for own in each), len(rows))
 
 
 def print_report(report: Report) -> None:

@@ -188,6 +188,24 @@ def _reward_record(edit: SelfEdit, seed: int, outcome: rewards.Outcome) -> runs.
     }
 
 
+def base_rewards(
+    lm: LM, task: Task, contexts: Sequence[Context], file: Path, cfg: Config
+) -> list[float]:
+    """Returns the un-adapted model's reward on each context: once per policy, kept on file."""
+    found = {row["context"]: row["reward"] for row in runs.records(file)}
+    if any(context.id not in found for context in contexts):
+        scores = rewards.score(readers.ready(lm, cfg.mesh), None, task, contexts, cfg)
+        rows = [
+            {"context": context.id, "reward": float(reward), "answers": answers}
+            for context, reward, answers in zip(
+                contexts, scores.reward, scores.answers, strict=True
+            )
+        ]
+        runs.write_lines(file, rows)
+        found = {row["context"]: row["reward"] for row in runs.records(file)}
+    return [found[context.id] for context in contexts]
+
+
 def gather(task: Task, edits: Sequence[SelfEdit], rows: Sequence[runs.Record]) -> list[Scored]:
     """Returns each self-edit with its rewards over seeds."""
     by_place: dict[tuple[str, int], list[tuple[int, float]]] = {}
@@ -205,21 +223,22 @@ def gather(task: Task, edits: Sequence[SelfEdit], rows: Sequence[runs.Record]) -
     ]
 
 
-def train_policy(lm: LM, kept: Sequence[Scored], folder: Path, key: jax.Array, cfg: Config) -> LM:
-    """Returns the model finetuned on kept self-edits: restored from `folder`, or saved to it.
+def train_policy(
+    lm: LM, kept: Sequence[Scored], folder: files.AnyPath, key: jax.Array, cfg: Config
+) -> bool:
+    """Saves the model finetuned on kept self-edits; returns whether `folder` holds one.
 
-    Without a kept self-edit the model stays as it is.
+    Without a kept self-edit there is none.
     """
-    saved = files.exists(folder)
-    if not saved and kept:
-        rows = [(x.prompt, x.text) for x in kept]
-        params, losses = finetune(lm, rows, cfg.outer.sft, key)
-        state.save_tree(folder, params)
-        saved = True
-        progress.say(
-            f"finetune ({folder.parent.name}): {len(rows)} self-edits, {len(losses)} steps, "
-            f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
-        )
-    if not saved:
-        return lm
-    return lm._replace(params=state.load_tree(folder, lm.params))
+    if files.exists(folder):
+        return True
+    if not kept:
+        return False
+    rows = [(x.prompt, x.text) for x in kept]
+    params, losses = finetune(lm, rows, cfg.outer.sft, key)
+    state.save_tree(folder, params)
+    progress.say(
+        f"finetune ({folder.parent.name}): {len(rows)} self-edits, {len(losses)} steps, "
+        f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    )
+    return True

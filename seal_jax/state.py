@@ -70,39 +70,47 @@ def load_tree(folder: files.AnyPath, like: Any) -> Any:
     if jax.process_count() > 1:
         return _load_by_leader(folder, like)
     with _damage(folder):
-        tree = ocp.load(_absolute(folder), jax.tree.map(_abstract, like))
+        tree = ocp.load(_absolute(folder), jax.tree.map(_restored, abstract(like)))
     tree = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
     return _checked(tree, like, folder)
 
 
-def _abstract(x: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Returns the shapes of arrays, with their shardings where they are bound to devices."""
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        free = isinstance(x, jax.Array) and not x.committed
+        sharding = None if free else getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree)
+
+
+def _restored(x: jax.ShapeDtypeStruct) -> Any:
     """Returns what tells Orbax how to restore a leaf like this one.
 
     One that is bound to no device is read to the host first: Orbax binds what it places, and a
     program whose arguments are bound is another one, to be traced and compiled anew.
     """
-    bound = x.committed if isinstance(x, jax.Array) else getattr(x, "sharding", None) is not None
-    if bound:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return np.empty(x.shape, x.dtype)
+    return np.empty(x.shape, x.dtype) if x.sharding is None else x
 
 
 def _load_by_leader(folder: files.AnyPath, like: Any) -> Any:
     """Returns the tree laid out as `like`: process 0 reads it and tells the others."""
-    abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    empty = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     read = []
 
     def load() -> bytes:
         inside = _absolute(folder) / _NEWER
         home = inside if inside.exists() else _absolute(folder)
-        args = orbax.checkpoint_utils.construct_restore_args(abstract)
+        args = orbax.checkpoint_utils.construct_restore_args(empty)
         with _damage(folder):
-            tree = _alone().restore(home, item=abstract, restore_args=args)
+            tree = _alone().restore(home, item=empty, restore_args=args)
         read.append(_checked(tree, like, folder))
         return b""
 
     multihost.agree(load)
-    found = read[0] if read else abstract
+    found = read[0] if read else empty
     return jax.tree.map(
         lambda x, own: sharding.place(multihost.broadcast(np.asarray(x)), own.sharding), found, like
     )

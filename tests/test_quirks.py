@@ -62,7 +62,7 @@ def test_the_unadapted_model_answers_once_per_context_and_policy(tiny, tmp_path,
     score = rewards.score
     monkeypatch.setattr(rewards, "score", lambda *a: calls.append(1) or score(*a))
     file = tmp_path / "base.jsonl"
-    made = [experiment.base_rewards(lm, task, task.contexts[:2], file, cfg) for _ in range(3)]
+    made = [outer.base_rewards(lm, task, task.contexts[:2], file, cfg) for _ in range(3)]
     assert len(calls) == 1 and made[0] == made[1] == made[2]
 
 

@@ -1,0 +1,78 @@
+"""The table on held-out contexts: each condition's mean reward, asked without the context."""
+
+from pathlib import Path
+
+from seal_jax import outer, runs, stats
+from seal_jax.batching import SelfEdit
+from seal_jax.config import Config
+from seal_jax.policies import Policies, Saved
+from seal_jax.table import Row
+from seal_jax.tasks import Task
+
+
+def evaluate(
+    models: Policies,
+    policies: dict[str, Saved],
+    task: Task,
+    path: Path,
+    cfg: Config,
+    metrics: runs.Metrics,
+) -> list[Row]:
+    """Returns the table: the bare model, reference self-edits, and each policy's own self-edits.
+
+    Reference self-edits (the passage alone, an oracle's) adapt the model before any round. A
+    policy's self-edits adapt the policy itself, or with `outer.adapt: base` that model too.
+    """
+    contexts = list(task.held_out[: cfg.evaluation.contexts])
+    home = path / "eval"
+    bare = outer.base_rewards(models.load(None), task, contexts, home / "base.jsonl", cfg)
+    rows = [Row("base", tuple(bare), len(bare))]
+    for name in _references(cfg, task):
+        texts = [(context, task.references[name](context)) for context in contexts]
+        edits = [
+            SelfEdit(context, i, text)
+            for context, made in texts
+            for i, text in enumerate([made] if isinstance(made, str) else made)
+        ]
+        rows.append(_row(name, models.load(None), task, edits, home, cfg, metrics))
+    for name, policy in policies.items():
+        file = home / f"{_slug(name)}.edits.jsonl"
+        key = outer.key_of(cfg, "write", "held-out")
+        edits = outer.write_edits(
+            models.load(policy), task, contexts, cfg.evaluation.n, file, key, cfg
+        )
+        rows.append(_row(name, models.load_adapted(policy), task, edits, home, cfg, metrics))
+    last = [row for row in rows if row.name == "oracle"]
+    rows = [row for row in rows if row.name != "oracle"] + last
+    runs.write_json(
+        home / "table.json",
+        {
+            row.name: {**row.estimate._asdict(), "trials": row.trials, "rewards": row.rewards}
+            for row in rows
+        },
+    )
+    return rows
+
+
+def _references(cfg: Config, task: Task) -> list[str]:
+    """Returns the names of the reference self-edits to evaluate."""
+    wanted = cfg.evaluation.references
+    return [name for name in task.references if wanted is None or name in wanted]
+
+
+def _slug(name: str) -> str:
+    return name.replace(" ", "_").replace("-", "_")
+
+
+def _row(name, lm, task, edits, home: Path, cfg: Config, metrics) -> Row:
+    """Returns a condition's mean reward on each context, over its self-edits and seeds."""
+    key = outer.key_of(cfg, "inner", "held-out")
+    file = home / f"{_slug(name)}.jsonl"
+    rows = outer.test_edits(lm, task, edits, cfg.evaluation.seeds, file, key, cfg, metrics)
+    by_context: dict[str, dict[int, list[float]]] = {edit.context.id: {} for edit in edits}
+    for row in rows:
+        by_context[row["context"]].setdefault(row["index"], []).append(row["reward"])
+    # Of several tries an oracle knows the best.
+    over = max if name == "oracle" else stats.mean
+    each = [[stats.mean(seeds) for seeds in own.values()] for own in by_context.values()]
+    return Row(name, tuple(over(own) for own in each), len(rows))
