@@ -1,7 +1,8 @@
 """Attention of queries over keys: causal, grouped-query, block-diagonal over packed texts.
 
-XLA's form everywhere; on a TPU Pallas' splash kernel, which never stores the scores. The choice is
-made when a program is lowered, so that what is compiled for a TPU elsewhere is what runs there.
+XLA's form everywhere, of long rows some queries at a time; on a TPU Pallas' splash kernel, which
+never stores the scores. The choice is made when a program is lowered, so that what is compiled for
+a TPU elsewhere is what runs there.
 """
 
 import jax
@@ -13,6 +14,8 @@ from seal_jax import sharding
 
 _MASKED = -1e30  # finite: a row that sees nothing gives a uniform average, never a NaN
 _BLOCKS = (512, 256, 128)  # tokens the kernel takes at a time; 128 is its least
+_LONG = 512  # tokens of a row above which its scores, t², are never there at once
+_QUERIES = 256  # so many queries' are
 _HEAD = 64  # it wants heads of a multiple of this width
 
 
@@ -25,7 +28,7 @@ def attend_rows(
     *,
     recomputed: bool,
 ) -> jax.Array:
-    """Returns `attend`, by the splash kernel where a TPU gains by it.
+    """Returns `attend`, of long rows `attend_long`; by the splash kernel where a TPU gains by it.
 
     Args:
       mask_bts: The causal mask within segments; `segments_bt` says the same, as in `model.hidden`.
@@ -33,8 +36,9 @@ def attend_rows(
         kernel would save nothing: both forms' intermediates are stored, whichever runs.
     """
     t, h = q_btnh.shape[1], q_btnh.shape[3]
+    plain = attend if t <= _LONG else attend_long
     if not recomputed or t < _BLOCKS[-1] or h % _HEAD:
-        return attend(q_btnh, k_bskh, v_bskh, mask_bts)
+        return plain(q_btnh, k_bskh, v_bskh, mask_bts)
 
     def choose(q, k, v, mask, *segments):
         return jax.lax.platform_dependent(
@@ -44,7 +48,7 @@ def attend_rows(
             mask,
             *segments,
             tpu=lambda q, k, v, mask, *segments: splash(q, k, v, *segments),
-            default=lambda q, k, v, mask, *segments: attend(q, k, v, mask),
+            default=lambda q, k, v, mask, *segments: plain(q, k, v, mask),
         )
 
     segments = () if segments_bt is None else (segments_bt,)
@@ -123,7 +127,14 @@ def _attend(q_btnh, k_bskh, v_bskh, mask_bts):
 
 
 def _attend_gradient(kept, change_btnh):
-    """Returns the gradient by q, k and v.
+    """Returns the gradient by q, k and v."""
+    by_q, by_k, by_v = _gradients(kept, change_btnh)
+    _, k_bskh, v_bskh, *_ = kept
+    return by_q, _last(by_k, k_bskh), _last(by_v, v_bskh), None
+
+
+def _gradients(kept, change_btnh):
+    """Returns the gradient by q, and float32 ones [b, k, h, s] by k and v.
 
     The sum over keys in a softmax's gradient is one over the h of the output: weights and their
     changes need not be read for it.
@@ -136,13 +147,64 @@ def _attend_gradient(kept, change_btnh):
     mean = jnp.sum(change.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     by_scores = (weights * (by_weights - mean)).astype(q.dtype)
     by_q = jnp.matmul(by_scores, k_bskh.transpose(0, 2, 1, 3), **exact) * h**-0.5
-    by_k = jnp.matmul(q.swapaxes(2, 3), by_scores, **exact)  # [b, k, h, s], as is by_v
+    by_k = jnp.matmul(q.swapaxes(2, 3), by_scores, **exact)
     by_v = jnp.matmul(change.swapaxes(2, 3), weights.astype(change.dtype), **exact)
-    last = lambda x, like: x.transpose(0, 3, 1, 2).astype(like.dtype)
-    return _unfolded(by_q, t).astype(q.dtype), last(by_k, k_bskh), last(by_v, v_bskh), None
+    return _unfolded(by_q, t).astype(q.dtype), by_k, by_v
+
+
+def _last(x_bkhs: jax.Array, like: jax.Array) -> jax.Array:
+    return x_bkhs.transpose(0, 3, 1, 2).astype(like.dtype)
 
 
 attend.defvjp(_attend, _attend_gradient)
+
+
+@jax.custom_vjp
+def attend_long(
+    q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array
+) -> jax.Array:
+    """Returns `attend`, its queries taken some at a time, in the gradient once more."""
+    one = lambda part: _attend(part[0], k_bskh, v_bskh, part[1])[0]
+    return _joined(jax.lax.map(one, _parts(q_btnh, mask_bts)), q_btnh.shape[1])
+
+
+def _attend_long(*arrays):
+    return attend_long(*arrays), arrays
+
+
+def _attend_long_gradient(kept, change_btnh):
+    q_btnh, k_bskh, v_bskh, mask_bts = kept
+
+    def one(sums, part):
+        q, mask, change = part
+        by_q, *more = _gradients(_attend(q, k_bskh, v_bskh, mask)[1], change)
+        return [a + b for a, b in zip(sums, more, strict=True)], by_q
+
+    zero = lambda x: jnp.zeros_like(x.transpose(0, 2, 3, 1), jnp.float32)
+    start = [zero(k_bskh), zero(v_bskh)]
+    (by_k, by_v), by_q = jax.lax.scan(one, start, _parts(q_btnh, mask_bts, change_btnh))
+    by_q = _joined(by_q, q_btnh.shape[1])
+    return by_q, _last(by_k, k_bskh), _last(by_v, v_bskh), None
+
+
+attend_long.defvjp(_attend_long, _attend_long_gradient)
+
+
+def _parts(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns arrays [b, t, ...] as parts [p, b, t / p, ...], padded."""
+
+    def one(x: jax.Array) -> jax.Array:
+        b, t, *rest = x.shape
+        x = jnp.pad(x, ((0, 0), (0, -t % _QUERIES), *[(0, 0)] * len(rest)))
+        return x.reshape(b, -1, _QUERIES, *rest).swapaxes(0, 1)
+
+    return tuple(map(one, arrays))
+
+
+def _joined(x: jax.Array, t: int) -> jax.Array:
+    """Returns parts [p, b, t / p, ...] as one array [b, t, ...]."""
+    p, b, size, *rest = x.shape
+    return x.swapaxes(0, 1).reshape(b, p * size, *rest)[:, :t]
 
 
 def _folded(x_btnh: jax.Array, k: int) -> jax.Array:

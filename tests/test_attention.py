@@ -128,3 +128,32 @@ def test_a_gradient_that_keeps_activations_never_traces_the_kernel(monkeypatch):
     trace(64, 64, True)  # short rows
     with pytest.raises(AssertionError, match="traced"):
         trace(128, 64, True)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_long_rows_some_queries_at_a_time_are_the_plain_form(k):
+    t = 600  # two parts and a piece
+    segments = np.array([[1] * 290 + [2] * 300 + [-2] * 10, [1] * 600], np.int32)
+    q, key, v, weight = inputs(t, k=k, h=16)
+    mask = mask_of(segments, t)
+    for own in (mask, mask[1:]):  # of each row, or one for all
+        out, grads = values_and_gradients(
+            functools.partial(attention.attend_long, mask_bts=own), q, key, v, weight
+        )
+        want, want_grads = values_and_gradients(
+            functools.partial(attention.attend, mask_bts=own), q, key, v, weight
+        )
+        np.testing.assert_allclose(out, want, atol=2e-6)
+        for name, got, expected in zip(NAMES, grads, want_grads, strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-5, err_msg=f"gradient of {name}")
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_the_scores_of_a_long_row_are_never_there_at_once(recomputed):
+    t, n = 2048, 4
+    q, key, v, weight = inputs(t, b=1, n=n, h=64)
+    mask = np.tril(np.ones((1, t, t), bool))
+    attend = lambda q, key, v: attention.attend_rows(q, key, v, mask, None, recomputed=recomputed)
+    run = jax.jit(functools.partial(values_and_gradients, attend))
+    needed = run.lower(q, key, v, weight).compile().memory_analysis().temp_size_in_bytes
+    assert needed < 4 * n * t * t  # of these alone
