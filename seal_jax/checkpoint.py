@@ -70,6 +70,14 @@ def load_model(
     return LM(params, load_tokenizer(folder), config, folder)
 
 
+def eos(lm: LM) -> int:
+    """Returns the id that ends a training text."""
+    own = lm.tokenizer.eos_token_id
+    if own is None and not lm.config.eos_ids:
+        raise SealError(f"{lm.source}: neither tokenizer nor config names an end-of-text token")
+    return lm.config.eos_ids[0] if own is None else own
+
+
 def find(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Returns the folder of a model on this machine.
 

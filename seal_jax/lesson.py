@@ -67,7 +67,7 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     key = outer.key_of(cfg, "lesson")
     ready = readers.ready(lm, cfg.mesh)
     (edits,) = rewards.sample_edits(ready, task, [context], key=key, cfg=cfg)
-    batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=rewards.eos(lm))
+    batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=checkpoint.eos(lm))
     adapters, losses = inner.adapt_many(readers.readable(ready), batch, key, cfg)
     losses = sharding.fetch(losses)
     reward, before, after, best = np.zeros(len(edits)), [], [], 0

@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import batching, chunks, inner, multihost, readers, sampling, sharding, streams
+from seal_jax import (
+    batching,
+    checkpoint,
+    chunks,
+    inner,
+    multihost,
+    readers,
+    sampling,
+    sharding,
+    streams,
+)
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
@@ -202,7 +212,7 @@ def evaluate(
     Args:
       done: Says that the candidates at these places need not run again.
     """
-    batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=eos(lm))
+    batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=checkpoint.eos(lm))
     params = readers.readable(lm)
     settings = chunks.choose(params, batch, cfg)
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
@@ -248,11 +258,3 @@ def _grade(task: Task, context: Context, answers: list[str]) -> Grade:
 def _number(value: Any) -> float | None:
     """Returns a float that JSON can hold: NaN and infinities become None."""
     return float(value) if np.isfinite(value) else None
-
-
-def eos(lm: LM) -> int:
-    """Returns the id that ends a training text."""
-    own = lm.tokenizer.eos_token_id
-    if own is None and not lm.config.eos_ids:
-        raise SealError(f"{lm.source}: neither tokenizer nor config names an end-of-text token")
-    return lm.config.eos_ids[0] if own is None else own

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, inner, lora, optim, rewards, sharding
+from seal_jax import batching, checkpoint, inner, lora, optim, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
@@ -29,9 +29,9 @@ def finetune(
     if not edit.examples:
         raise SealError("nothing to finetune on: no self-edit was kept")
     loop = config_lib.Inner(batch_size=settings.batch_size, max_length=settings.max_length)
-    texts = tuple(batching.tokenize(edit, lm.tokenizer, rewards.eos(lm), loop))
+    texts = tuple(batching.tokenize(edit, lm.tokenizer, checkpoint.eos(lm), loop))
     one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
-    batch = batching.Batch((one,), loop, rewards.eos(lm))
+    batch = batching.Batch((one,), loop, checkpoint.eos(lm))
     (chunk,) = slots_lib.arrange(batch, 1, key)
     mesh = sharding.of(lm.params)
     slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)
