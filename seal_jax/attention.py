@@ -159,6 +159,11 @@ def _last(x_bkhs: jax.Array, like: jax.Array) -> jax.Array:
 attend.defvjp(_attend, _attend_gradient)
 
 
+def queries_at_once(t: int) -> int:
+    """Returns how many of a row's queries have scores at the same time."""
+    return t if t <= _LONG else _QUERIES
+
+
 @jax.custom_vjp
 def attend_long(
     q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array, mask_bts: jax.Array

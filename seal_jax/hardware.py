@@ -3,6 +3,8 @@
 import re
 from typing import Any, NamedTuple
 
+import jax
+
 from seal_jax.errors import SealError
 
 GIB = 1 << 30
@@ -71,6 +73,12 @@ class Slice(NamedTuple):
     @property
     def chip(self) -> Chip:
         return CHIPS[self.kind]
+
+
+def memory_of(array: jax.Array) -> int | None:
+    """Returns the bytes of the device that an array is on; None where it does not say (a CPU)."""
+    stats = array.addressable_shards[0].device.memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 def slice_of(name: str) -> Slice:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax import costs, lanes, programs, sampling, sharding, visits
+from seal_jax import costs, lanes, programs, sharding, visits
+from seal_jax import rows as rows_lib
 from seal_jax.batching import Batch, Candidate, Text
 from seal_jax.config import Config
 from seal_jax.costs import Workload
@@ -94,7 +95,15 @@ def _lanes(own: Setting, count: int) -> programs.Memory:
 
 def answer(own: Setting, chunk: int) -> Fit:
     """Returns the answers of as many of a chunk's candidates as are answered together."""
-    rows = (own.cfg.answers.chunk or own.parts * sampling.ROWS["other"]) // own.parts
+    rows = own.cfg.answers.chunk // own.parts or rows_lib.fitting(
+        own.config,
+        own.limit - own.weights - own.copy - 2 * own.adapter * (chunk // own.parts),
+        rows_lib.MOST["other"],
+        own.work.question,
+        own.cfg.answers.max_tokens,
+        1,
+        own.itemsize,
+    )
     each = max(1, min(chunk // own.parts, rows // _QUESTIONS))
     # Training's weights lie beside the copy that is read, and all adapters beside those in use.
     besides = own.weights if own.copy else 0

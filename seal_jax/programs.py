@@ -61,8 +61,8 @@ def weights(config: ModelConfig, mesh: Mesh, layout: sharding.Layout = "fsdp") -
 def inner_loop(
     config: ModelConfig, cfg: Config, mesh: Mesh, candidates: int, tokens: int, steps: int = 16
 ) -> Any:
-    """Returns the lowered inner loop of a chunk, each step of one row of `tokens`."""
-    rows = 1 if cfg.inner.batch_size else 4
+    """Returns the lowered inner loop of a chunk, each step `inner.batch_size` rows of `tokens`."""
+    rows = cfg.inner.batch_size or 4
     slots = _slots(candidates, rows, tokens, steps)
     adapters = _stacked(lora.shapes(config, cfg.lora), candidates)
     with sharding.use(mesh):

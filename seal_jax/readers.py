@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from seal_jax import config as config_lib
-from seal_jax import model, sharding
+from seal_jax import hardware, model, sharding
 from seal_jax.checkpoint import LM
 from seal_jax.params import ModelConfig, Params
 
@@ -75,10 +75,10 @@ def _room_for_a_copy(params: Params) -> bool:
 
     There a scan over stacked layers copies each before it multiplies; a TPU has no need to.
     """
-    device = params.embed.addressable_shards[0].device
-    stats = (device.platform == "gpu" and device.memory_stats()) or {}
+    if params.embed.addressable_shards[0].device.platform != "gpu":
+        return False
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    return 2 * size <= stats.get("bytes_limit", 0) / 2
+    return 2 * size <= (hardware.memory_of(params.embed) or 0) / 2
 
 
 def readable(lm: LM) -> Params:

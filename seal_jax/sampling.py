@@ -11,18 +11,19 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import decoding, lora, sharding, streams
+from seal_jax import decoding, lora, sharding, streams, tiles
 from seal_jax import grammar as grammar_lib
+from seal_jax import rows as rows_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.grammar import Automaton, Grammar
 from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig
+from seal_jax.tiles import Tile
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
-ROWS = {"cpu": 64, "other": 256}  # sequences decoded together by default
 
 
 class Output(NamedTuple):
@@ -63,7 +64,7 @@ def decode(
       temperature: 0 is greedy.
       key: Needed unless greedy.
       ids: Names of the rows [c][b], 32 bits: a row's draws depend on key and name alone.
-      chunk: Sequences decoded together; 0 chooses by the device.
+      chunk: Sequences decoded together; 0 chooses by the device and its memory.
       pad_to: Pad prompts to at least this length, so that several calls share one program.
       grammar: Every sequence that ends is of its language.
       logprobs: Whether log-probabilities are wanted; a step is a little faster without.
@@ -79,10 +80,16 @@ def decode(
     room = next((r for r in _ROOM if r >= max_tokens), max_tokens)
     longest = max((len(p) for rows in prompts for p in rows), default=1)
     t = slots_lib.round_up(max(longest, pad_to))
-    kind = "cpu" if jax.default_backend() == "cpu" else "other"
     mesh = sharding.of(lm.params)
     parts = sharding.data_size(mesh)
-    rows_at_once = max(1, (chunk or parts * ROWS[kind]) // samples)
+    # Adapters are there twice: all, and a tile's own.
+    held = 2 * sum(x.nbytes for x in jax.tree.leaves(adapters)) // parts
+
+    def at_once(size: int) -> int:
+        if chunk:
+            return max(1, chunk // samples)
+        return parts * rows_lib.at_once(lm, size, room, samples, held)
+
     results = [[[] for _ in rows] for rows in prompts]
     if own:
         prompts, adapters = _filled(prompts, adapters, mesh)
@@ -100,8 +107,8 @@ def decode(
     )
     draws = sharding.share(draws, mesh)
     params = lm.params if lm.reader is None else lm.reader
-    for tile in _tiles(prompts, rows_at_once, own, parts):
-        tokens, lengths, names = sharding.share_out(_arrays(tile, prompts, ids, t), mesh)
+    for tile in tiles.arrange(prompts, t, at_once, own, parts):
+        tokens, lengths, names = sharding.share_out(tiles.arrays(tile, prompts, ids), mesh)
         with sharding.use(mesh):
             adapter = _take(adapters, tile, parts, lm.config) if own else adapters
             own_draws = draws.replace(ids_cb=names)
@@ -159,14 +166,6 @@ def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, 
     return results
 
 
-class _Tile(NamedTuple):
-    """Rows (c, b) that run together, a list for each of `adapters` (or for each device)."""
-
-    rows: list[list[tuple[int, int]]]
-    adapters: list[int]
-    width: int
-
-
 def _filled(prompts, adapters: Adapter, mesh):
     """Returns prompts and adapters with fillers, so that they share out evenly on the mesh."""
     short = -len(prompts) % sharding.data_size(mesh)
@@ -176,7 +175,7 @@ def _filled(prompts, adapters: Adapter, mesh):
     return [*prompts, *[[]] * short], sharding.place(adapters, sharding.candidates(mesh))
 
 
-def _take(adapters: Adapter, tile: _Tile, parts: int, config: ModelConfig) -> Adapter:
+def _take(adapters: Adapter, tile: Tile, parts: int, config: ModelConfig) -> Adapter:
     """Returns the tile's adapters; each device takes from those it holds."""
     share = next(iter(adapters.a.values())).shape[0] // parts
     if tile.adapters == list(range(share * parts)):
@@ -194,57 +193,6 @@ def _take_local(adapters: Adapter, index: tuple[int, ...], parts: int, config: M
         return split[:, np.array(index)].reshape(-1, *leaf.shape[1:])
 
     return sharding.pin(jax.tree.map(take, adapters), config, stacked=True)
-
-
-def _tiles(prompts, rows_at_once: int, own: bool, parts: int = 1) -> list[_Tile]:
-    """Returns the rows that run together, in tiles of few shapes.
-
-    With an adapter for each c, a tile spans several of them, alike in their number of rows; else
-    the rows of all c are one list, cut into tiles alike in length.
-
-    Args:
-      parts: Devices that share out a tile, an equal part of c (or of the rows) for each.
-    """
-    every = [[(c, b) for b in range(len(rows))] for c, rows in enumerate(prompts)]
-    if not own:
-        work = sorted((cb for rows in every for cb in rows), key=lambda cb: len(_at(prompts, cb)))
-        width = min(rows_at_once, 1 << max(len(work) - 1, 0).bit_length())
-        tiles = [work[i : i + rows_at_once] for i in range(0, len(work), rows_at_once)]
-        each = -(-width // parts)
-        return [_Tile([tile[i::parts] for i in range(parts)], [], each) for tile in tiles]
-    share = len(every) // parts
-    most = [max(len(rows) for rows in every[i::share]) for i in range(share)]
-    work = sorted((i for i in range(share) if most[i]), key=lambda i: most[i])
-    tiles = []
-    while work:
-        width = 1 << (most[work[-1]] - 1).bit_length()  # powers of two: few shapes
-        take = max(1, min(rows_at_once // (width * parts), share))
-        group, work = sorted(work[-take:]), work[:-take]
-        fill = take - len(group)  # every tile of this width has one shape
-        places = [part * share + i for part in range(parts) for i in group + [group[-1]] * fill]
-        rows = [every[c] for c in places]
-        for part in range(parts) if fill else ():
-            end = (part + 1) * take
-            rows[end - fill : end] = [[]] * fill
-        tiles.append(_Tile(rows, places, width))
-    return tiles
-
-
-def _at(prompts, place: tuple[int, int]) -> Sequence[int]:
-    return prompts[place[0]][place[1]]
-
-
-def _arrays(tile: _Tile, prompts, ids, t: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns tokens [c, b, t], lengths [c, b] and names [c, b]; length 0 marks a filler."""
-    shape = (len(tile.rows), tile.width)
-    tokens = np.zeros((*shape, t), np.int32)
-    lengths, names = np.zeros(shape, np.int32), np.zeros(shape, np.uint32)
-    for at, rows in enumerate(tile.rows):
-        for place, row in enumerate(rows):
-            prompt = _at(prompts, row)
-            tokens[at, place, : len(prompt)] = prompt
-            lengths[at, place], names[at, place] = len(prompt), _at(ids, row)
-    return tokens, lengths, names
 
 
 def generate(
