@@ -77,7 +77,8 @@ def main(arguments: Arguments) -> None:
     tested("fixed", [SelfEdit(context, 0, fixed) for context in contexts])
     policies = {"before RL": lm}
     if arguments.run is not None:
-        folders = sorted(arguments.run.glob("round_*/policy"))
+        round_of = lambda folder: int(folder.parent.name[6:])
+        folders = sorted(arguments.run.glob("round_*/policy"), key=round_of)
         if folders:
             policies["learned"] = lm._replace(params=state.load_tree(folders[-1], lm.params))
     for name, policy in policies.items():

@@ -42,9 +42,10 @@ def main() -> None:
     cfg = config.load_config(args.config)
     lm = checkpoint.load_model(cfg.model)
     policies = {"before RL": lm}
-    for folder in sorted(args.run.glob("round_*/policy")) if args.run else ():
+    round_of = lambda folder: int(folder.parent.name[6:])
+    for folder in sorted(args.run.glob("round_*/policy"), key=round_of) if args.run else ():
         trained = state.load_tree(folder, lm.params)
-        policies[f"round {int(folder.parent.name[6:]) + 1}"] = lm._replace(params=trained)
+        policies[f"round {round_of(folder) + 1}"] = lm._replace(params=trained)
     rows = []
     for name, policy in policies.items():
         for constrained in (False, True):

@@ -118,6 +118,10 @@ def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
     if settings.max_steps and steps > settings.max_steps:
         reason = f"asks for {steps} steps, more than {settings.max_steps}"
         return Candidate((), rate, 0, name, reason)
+    # What its own directives leave as it was is not trained: the first step of a warm-up is 0.
+    directed = (edit.learning_rate, edit.epochs) != (None, None)
+    if directed and (not rate or (steps == 1 and settings.warmup_steps)):
+        epochs = 0
     return Candidate(texts, rate, epochs, name)
 
 

@@ -85,7 +85,7 @@ class Sampling:
     top_p: Fraction = 0.95
     max_tokens: Positive = 8192
     chunk: Count = 0
-    """Sequences decoded together; 0 chooses by the device."""
+    """Sequences decoded together; 0 chooses by the device and its memory."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Answers:
 
     max_tokens: Positive = 64
     chunk: Count = 0
-    """Sequences decoded together; 0 chooses by the device."""
+    """Sequences decoded together; 0 chooses by the device and its memory."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Arc:
     permutations: Count = 1
     reference_quirks: bool = False
     grammar: bool = False
-    """Sample self-edits under a grammar, so that each is valid JSON of the schema."""
+    """Sample self-edits under a grammar: each that ends within its tokens is valid JSON."""
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,17 @@ from seal_jax.tasks.registry import load_task
 
 
 class Lesson(NamedTuple):
-    """What one context taught: candidates by index, and the questions before and after."""
+    """What one context taught: candidates by index, and the answers before and after.
+
+    Of each question its text and the right answer.
+    """
 
     context: Context
     edits: list[SelfEdit]
     losses: np.ndarray
     rewards: np.ndarray
     best: int
+    questions: list[tuple[str, str]]
     before: list[str]
     after: list[str]
     saved: Path | None
@@ -71,7 +75,8 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     adapters, losses = inner.adapt_many(readers.readable(ready), batch, key, cfg)
     losses = sharding.fetch(losses)
     reward, before, after, best = np.zeros(len(edits)), [], [], 0
-    if context.questions:
+    questions = _questions(task, context)
+    if questions:
         before = rewards.score(ready, None, task, [context], cfg).answers[0]
         scores = rewards.score(ready, adapters, task, [context], cfg)
         reward = multihost.broadcast(scores.reward)  # process 0 asked the judge
@@ -80,7 +85,15 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     if out is not None:
         adapter = sharding.fetch(lora.take(adapters, best))
         multihost.agree(lambda: str(peft.save_peft(adapter, out, cfg)).encode())
-    return Lesson(context, edits, losses, reward, best, before, after, out)
+    return Lesson(context, edits, losses, reward, best, questions, before, after, out)
+
+
+def _questions(task: Task, context: Context) -> list[tuple[str, str]]:
+    """Returns what a context asks, in few words, and what is right."""
+    asked = task.questions(context)
+    if context.questions:
+        return [(own.text, own.gold) for own in context.questions]
+    return [(f"question {i}", own.gold) for i, own in enumerate(asked, 1)]
 
 
 def _full(folder: Path) -> bool:
@@ -90,6 +103,8 @@ def _full(folder: Path) -> bool:
 def _task(cfg: Config, passage: Path | None) -> Task:
     """Returns the configured task; with a passage in hand it needs no file of contexts."""
     replies = judge_model.replies_of(cfg)
+    if passage is not None and cfg.task.name in ("arc", "tiny-grids"):
+        raise SealError(f"task.name={cfg.task.name!r} does not learn from passages")
     if passage is None or cfg.task.name == "tiny-world" or cfg.task.path:
         return load_task(cfg.task, replies)
     if cfg.task.name != "squad":
@@ -125,9 +140,10 @@ def print_lesson(lesson: Lesson) -> None:
         mark = " <- best" if edit.index == lesson.best else ""
         print(f"  {edit.index}: reward {reward:.3f}, {change}{mark}")
     print(f"\nBest self-edit:\n{lesson.edits[lesson.best].text}\n")
-    answers = zip(lesson.context.questions, lesson.before, lesson.after, strict=True)
-    for question, before, after in answers if lesson.context.questions else ():
-        print(f"{question.text}\n  gold: {question.gold}")
+    for (text, gold), before, after in zip(
+        lesson.questions, lesson.before, lesson.after, strict=True
+    ):
+        print(f"{text}\n  gold: {gold.strip()}")
         print(f"  before: {before.strip()}\n  after: {after.strip()}")
     if lesson.saved is not None:
         print(f"\nadapter: {lesson.saved}")

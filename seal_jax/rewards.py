@@ -139,7 +139,8 @@ def answer(
 def _longest_question(lm: LM, task: Task, contexts: Sequence[Context]) -> int:
     """Returns the tokens of the longest question, so that all chunks are padded alike."""
     unique = {context.id: context for context in contexts}.values()
-    return max(len(sampling.encode(lm, q.prompt)) for c in unique for q in task.questions(c))
+    lengths = (len(sampling.encode(lm, q.prompt)) for c in unique for q in task.questions(c))
+    return max(lengths, default=0)
 
 
 def score(

@@ -5,12 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from seal_jax import checkpoint, rewards
 from seal_jax import config as config_lib
 from seal_jax import tasks as task_lib
+from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError, SelfEditError
 from seal_jax.tasks import arc
 from seal_jax.tasks.arc import augment, compact, edits, generate, grids, predict, tasks, voting
@@ -18,6 +22,7 @@ from seal_jax.tasks.arc import submission as submissions
 from seal_jax.tasks.arc import task as task_module
 from seal_jax.tasks.registry import load_task
 
+ROOT = Path(__file__).parents[1]
 TASK = (
     "120/304/005>021/403/500|011/200/330>110/002/033|900/080/007>009/080/700"
     "||123/000/400>321/000/004"
@@ -228,6 +233,9 @@ def test_puzzles_without_solutions_are_refused(tmp_path):
     bare = dataclasses.replace(chosen, arc=dataclasses.replace(chosen.arc, solutions=None))
     with pytest.raises(SealError, match="p-0 has no solution; see task.arc.solutions"):
         load_task(bare)
+    apart = dataclasses.replace(chosen, held_out=chosen.path)
+    with pytest.raises(SealError, match="see task.arc.held_out_solutions"):
+        load_task(apart)
     same = dataclasses.replace(
         chosen,
         held_out=chosen.path,
@@ -282,3 +290,16 @@ def test_order_does_not_depend_on_the_hash_seed():
         )
         digests.add(next(line for line in done.stdout.splitlines() if line.startswith("digest")))
     assert len(digests) == 1
+
+
+def test_a_batch_in_which_nothing_can_be_asked_gets_nothing():
+    cfg = config_lib.load_config(ROOT / "configs" / "arc_tiny.yaml")
+    grid = lambda seed: np.random.default_rng(seed).integers(0, 10, (12, 12)).astype(np.int8)
+    pairs = [tasks.Pair(grid(i), grid(i + 9)) for i in range(4)]
+    large = tasks.ArcTask(tuple(pairs[:3]), pairs[3], "large")
+    task = task_module.make({"large": (large,)}, cfg.task)
+    assert not task.questions(task.contexts[0])
+    lm = checkpoint.load_model(cfg.model)
+    written = [SelfEdit(task.contexts[0], 0, edits.text(edits.make()))]
+    ((outcomes, _),) = rewards.evaluate(lm, task, written, jax.random.key(0), cfg)
+    assert [x.grade.reward for x in outcomes] == [0.0] and outcomes[0].answers == []

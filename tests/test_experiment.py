@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import shared_data
 
-from seal_jax import checkpoint, runs
+from seal_jax import checkpoint, lesson, runs
+from seal_jax import config as config_lib
 from seal_jax.__main__ import main
+from seal_jax.tasks.registry import load_task
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -148,6 +150,23 @@ def test_adapt_teaches_one_passage_and_saves_the_adapter(tmp_path, capsys):
     assert "<- best" in printed and "before:" in printed
     assert (out / "adapter_model.safetensors").is_file()
     assert main(["adapt", config, "--passage", str(tmp_path / "none.txt")]) == 2
+
+
+def test_adapt_configures_a_puzzle_and_tests_what_it_did(tmp_path, capsys):
+    cfg = config_lib.load_config(ROOT / "configs" / "arc_tiny.yaml", ["sampling.n=3"])
+    taught = lesson.teach(cfg)
+    task = load_task(cfg.task)
+    asked = task.questions(taught.context)
+    assert len(asked) == len(taught.questions) == len(taught.before) == len(taught.after) > 0
+    assert taught.rewards.max() == task.grade(taught.context, taught.after).reward
+    lesson.print_lesson(taught)
+    assert "question 1\n  gold:" in capsys.readouterr().out
+    passage = tmp_path / "p.txt"
+    passage.write_text("Title\nA passage.")
+    path = str(ROOT / "configs" / "arc_tiny.yaml")
+    words = ["task.name=arc", f"task.path={tmp_path / 'any.json'}", "--passage", str(passage)]
+    assert main(["adapt", path, *words]) == 2
+    assert "does not learn from passages" in capsys.readouterr().err
 
 
 def test_settings_may_stand_before_or_after_options(tmp_path, capsys):

@@ -108,6 +108,15 @@ def test_a_grammar_that_allows_everything_changes_no_draw():
         assert one.tokens.tolist() == other.tokens.tolist() and one.ended == other.ended
 
 
+def test_tokens_of_a_kind_are_those_that_lead_everywhere_alike():
+    rng = np.random.default_rng(0)
+    columns = rng.integers(-1, 4, (6, 40))
+    table = columns[:, rng.integers(0, 40, 3000)].astype(np.int32)
+    first, kind_v = grammar._kinds(table)
+    np.testing.assert_array_equal(table[:, first][:, kind_v], table)
+    assert len(first) == len(np.unique(table, axis=1).T)
+
+
 def test_tokens_that_cannot_write_the_language_are_an_error():
     language = grammar.automaton(text("ab"))
     with pytest.raises(SealError, match="cannot write"):

@@ -13,9 +13,9 @@ _SPACE = up_to(one_of(" \n"), 8)
 
 @functools.cache
 def self_edits() -> Automaton:
-    """Returns the language: every text of it is a valid self-edit that trains something.
+    """Returns the language: every text of it is a valid self-edit with a rate and epochs above 0.
 
-    Keys in the order of the prompt, rates from 1e-9 to 0.9, 1 to 99 epochs.
+    Keys in the order of the prompt, rates from 1e-9 to below 1, 1 to 99 epochs.
     """
     flag = either(text("true"), text("false"))
     flags = [(key, flag) for key in edits.DataGeneration.model_fields]

@@ -46,24 +46,35 @@ def task(settings: config_lib.Task) -> Task:
     """
     if settings.path is None:
         raise SealError("task.path: give the file with ARC challenges")
-    puzzles = list(read(settings.path, settings.arc.solutions, settings.order_seed).items())
+    shuffle = settings.order_seed
+    puzzles = list(read(settings.path, settings.arc.solutions, shuffle).items())
     size = settings.size or len(puzzles)
     if settings.held_out is None:
         rest: Puzzles = dict(puzzles[size:])
     else:
-        others = read(settings.held_out, settings.arc.held_out_solutions, settings.order_seed)
+        solutions = settings.arc.held_out_solutions
+        others = read(settings.held_out, solutions, shuffle, "task.arc.held_out_solutions")
         rest = {key: group for key, group in others.items() if key not in dict(puzzles[:size])}
         if not rest:
             raise SealError(f"{settings.held_out}: every puzzle in it is also trained on")
     return make(dict(puzzles[:size]), settings, held_out=rest)
 
 
-def read(path: str, solutions: str | None, order_seed: int | None) -> Puzzles:
-    """Returns the puzzles of a file by id, all with solutions, in file order or shuffled."""
+def read(
+    path: str,
+    solutions: str | None,
+    order_seed: int | None,
+    setting: str = "task.arc.solutions",
+) -> Puzzles:
+    """Returns the puzzles of a file by id, all with solutions, in file order or shuffled.
+
+    Args:
+      setting: What names the file with solutions.
+    """
     found = tasks.load(path, solutions)
     for one in found:
         if one.test.output is None:
-            where = "task.arc.solutions" if solutions is None else solutions
+            where = setting if solutions is None else solutions
             raise SealError(f"{path}: task {one.name} has no solution; see {where}")
     return tasks.puzzles(found if order_seed is None else tasks.shuffled(found, order_seed))
 
