@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from seal_jax import lora, model, readers, sharding
 from seal_jax.grammar import Grammar
@@ -291,9 +292,30 @@ def _loop(params, adapters, state: State, draws: Draws, axis: int | None) -> Sta
 
     def advance(state: State) -> State:
         logits_cbqv, cache = step_on(params, adapters, state.token, state.cache)
-        return _chosen(state.replace(cache=cache), logits_cbqv, keys_cbq, draws, parts)
+        state = state.replace(cache=_laid_out(cache))
+        return _chosen(state, logits_cbqv, keys_cbq, draws, parts)
 
     return jax.lax.while_loop(unfinished, advance, state)
+
+
+def _laid_out(cache: Cache) -> Cache:
+    """Returns the cache of a loop as its products read it, on a TPU.
+
+    There it would lie as it is written, and all of it be copied at every step to be read. The last
+    dimension is filled up to 128: of narrow heads, tokens stand there.
+    """
+
+    def pinned(x: jax.Array, swapped: bool) -> jax.Array:
+        *first, one, other = range(x.ndim)
+        order = (*first, other, one) if swapped else (*first, one, other)
+        pin = lambda x: with_layout_constraint(x, Layout(major_to_minor=order))
+        return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
+
+    narrow = jax.tree.leaves(cache.suffix_v)[0].shape[-1] % 128 != 0
+    return cache.replace(
+        suffix_k=jax.tree.map(lambda x: pinned(x, False), cache.suffix_k),
+        suffix_v=jax.tree.map(lambda x: pinned(x, narrow), cache.suffix_v),
+    )
 
 
 def _seen(state: State, keep: bool) -> State:

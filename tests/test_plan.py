@@ -70,7 +70,7 @@ def test_one_chip_is_planned_by_the_calls_that_it_runs():
     """Packed calls: their states are arguments changed in place, and not copied beside."""
     pytest.importorskip("libtpu")
     small = config.load_config(ROOT / "configs" / "squad_qwen2p5_0p5b_v5e1.yaml")
-    made = plan.make(plan.Request(small, "v5e-1", candidates=64, stages=("inner",)))
+    made = plan.make(plan.Request(small, "v5e-1", candidates=64, stages=("inner", "write")))
     fit, held = made["stages"]["inner"], made["held"]
     states = 64 * 3 * held["one adapter"]
     done = 250 * held["one adapter"]  # of all self-edits: fewer than four chunks' worth
@@ -78,6 +78,10 @@ def test_one_chip_is_planned_by_the_calls_that_it_runs():
     assert fit["kinds"]["arguments"] == pytest.approx(held["weights"] + states + done, rel=0.05)
     assert fit["kinds"]["outputs"] < GIB / 100
     assert fit["kinds"]["temporaries"] < 2 * GIB + states
+    # The cache of 250 self-edits is there once: it was three times, as it is written and as read.
+    write = made["stages"]["write"]
+    cache = costs.cache_bytes(architecture.find("Qwen/Qwen2.5-0.5B")) * 250 * 1024
+    assert write["count"] == 250 and write["kinds"]["temporaries"] < 2 * cache
 
 
 def test_an_adapter_that_moves_would_be_seen():
