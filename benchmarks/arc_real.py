@@ -89,7 +89,7 @@ def main(arguments: Arguments) -> None:
     for name, found in rows.items():
         mean = stats.mean_se(found.mean(1))
         table[name] = {
-            "rate": mean._asdict(),
+            "rate": mean.record(),
             "solved_on_average": float(found.mean(1).sum()),
             "solved_by_any": int(found.max(1).sum()),
             "trials": found.size,

@@ -130,6 +130,8 @@ def _refuse(raw: dict[str, Any], file: Path) -> None:
 def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     new = raw.get("rope_parameters") or {}
     scaling = new or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise SealError(f"{file}: rope_scaling={scaling!r} is not supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = float(new.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     if kind == "default":
@@ -147,6 +149,8 @@ def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         better = json.loads(generation.read_text()) if generation.is_file() else {}
     except ValueError as error:
         raise SealError(f"{generation}: not readable as JSON: {error}") from error
+    if not isinstance(better, dict):
+        raise SealError(f"{generation}: expected an object")
     ends: list[int] = []
     for source in (better, raw):
         value = source.get("eos_token_id")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax.errors import SelfEditError
+from seal_jax.errors import SealError, SelfEditError
 from seal_jax.tasks import Context, Edit, Task
 
 _ROW = 512  # texts of a full batch are packed into rows of about this many tokens
@@ -98,6 +98,8 @@ def pack(
       eos_id: Ends a text; the tokenizer's by default.
     """
     eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
+    if eos_id is None:
+        raise SealError("the tokenizer names no end-of-text token: pass eos_id")
     candidates = []
     for item in edits:
         for written in [item] if isinstance(item, SelfEdit) else item:

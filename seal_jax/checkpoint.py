@@ -24,6 +24,8 @@ from seal_jax.params import ModelConfig, Params
 _WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 BUILT_IN = {name: _WEIGHTS / name for name in ("tiny-world", "tiny-grids")}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TYPES = ("auto", "float32", "bfloat16", "float16")
+_FAST = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the second in transformers 5
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
 _STORED = ("F32", "F16", "BF16")
 _READ_AT_ONCE = 1 << 22  # numbers
@@ -62,6 +64,8 @@ def load_model(
     folder = find(model.path, model.revision)
     config = read_config(folder)
     kind = dtype or model.dtype
+    if kind not in _TYPES:
+        raise SealError(f"model.dtype={kind!r}: expected one of {', '.join(_TYPES)}")
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     split = mesh is not None and mesh.size > 1
@@ -121,13 +125,13 @@ def load_tokenizer(folder: Path) -> Any:
         # By the architecture alone transformers 5 would take e.g. Qwen2's own splitting into words,
         # whatever tokenizer.json says.
         own = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
-        if own == "PreTrainedTokenizerFast" and (folder / "tokenizer.json").is_file():
+        if own in _FAST and (folder / "tokenizer.json").is_file():
             loader = transformers.PreTrainedTokenizerFast
     except (OSError, ValueError, AttributeError):
         pass  # AutoTokenizer says what is wrong
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise SealError(f"{folder}: the tokenizer files cannot be read: {error}") from error
 
 
@@ -268,10 +272,11 @@ def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
     """Writes a model that transformers, vLLM and `load_model` read; returns its folder.
 
     Configuration and tokenizer files are copied verbatim from where the model came from, since
-    re-saved ones are misread by older tools. The folder appears complete or not at all.
+    re-saved ones are misread by older tools; but config.json names the type of these weights, to
+    which transformers would round them. The folder appears complete or not at all.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SealError(f"{folder}: already there and not empty; nothing was written")
     work = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
@@ -322,7 +327,16 @@ def _copy_metadata(lm: LM, folder: Path) -> None:
             keep = file.suffix in (".json", ".jinja", ".txt", ".model")
             if keep and file.is_file() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, folder / file.name)
+        _name_dtype(folder / "config.json", lm.params.embed.dtype.name)
         return
     (folder / "config.json").write_text(json.dumps(write_config(lm.config, lm.params), indent=2))
     if lm.tokenizer is not None:
         lm.tokenizer.save_pretrained(folder)
+
+
+def _name_dtype(file: Path, dtype: str) -> None:
+    """Makes a config.json name the type of the weights beside it, if it names another."""
+    content = json.loads(file.read_text())
+    named = [key for key in ("torch_dtype", "dtype") if key in content]
+    if any(content[key] != dtype for key in named):
+        file.write_text(json.dumps(content | dict.fromkeys(named, dtype), indent=2) + "\n")

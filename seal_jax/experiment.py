@@ -27,7 +27,6 @@ from seal_jax.batching import identity
 from seal_jax.config import Config
 from seal_jax.errors import SealError
 from seal_jax.policies import Policies, Saved
-from seal_jax.stats import Estimate
 from seal_jax.table import Row
 from seal_jax.tasks import Context, Task
 from seal_jax.tasks.registry import load_task
@@ -225,10 +224,10 @@ def summarise(
     return {
         "contexts": len(by_context),
         "self_edits": len(scored),
-        "base": stats.mean_se(base)._asdict(),
-        "reward": stats.mean_se(means)._asdict(),
-        "reward_best": stats.mean_se(max(own) for own in by_context.values())._asdict(),
-        "reward_kept": stats.mean_se(x.reward for x in kept)._asdict() if kept else None,
+        "base": stats.mean_se(base).record(),
+        "reward": stats.mean_se(means).record(),
+        "reward_best": stats.mean_se(max(own) for own in by_context.values()).record(),
+        "reward_kept": stats.mean_se(x.reward for x in kept).record() if kept else None,
         "kept": len(kept),
         "not_applied": dict(sorted(errors.items())),
     }
@@ -242,7 +241,7 @@ def print_report(report: Report) -> None:
         print(table_lib.text(report.table))
     else:
         for number, summary in enumerate(report.rounds):
-            reward, base = (Estimate(**summary[name]) for name in ("reward", "base"))
+            reward, base = (stats.from_record(summary[name]) for name in ("reward", "base"))
             print(
                 f"round {number}: base {stats.text(base)}, "
                 f"self-edits {stats.text(reward)}, kept {summary['kept']}"

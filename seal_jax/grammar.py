@@ -158,12 +158,13 @@ def compile(
     Args:
       texts: What each token adds; see `token_texts`.
       end_ids: Tokens that end a text.
-      vocab_size: The model's, which may be larger than the tokenizer's.
+      vocab_size: The model's, which may be larger than the tokenizer's, or smaller.
 
     Raises:
       SealError: where the tokens cannot write any text of the language.
     """
-    vocab = max(vocab_size, len(texts))
+    vocab = vocab_size or len(texts)
+    texts, end_ids = texts[:vocab], [i for i in end_ids if i < vocab]
     table = np.full((len(language.steps), vocab), -1, np.int32)
     trie: dict = {}
     for token, word in enumerate(texts):

@@ -47,7 +47,7 @@ def evaluate(
     runs.write_json(
         home / "table.json",
         {
-            row.name: {**row.estimate._asdict(), "trials": row.trials, "rewards": row.rewards}
+            row.name: {**row.estimate.record(), "trials": row.trials, "rewards": row.rewards}
             for row in rows
         },
     )

@@ -40,7 +40,7 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
 
         if generate is None:
             raise SealError("task.judge=model: no model was given to judge with")
-        return lambda items: judge_model.judge_many(items, generate)
+        return judge_model.Judge(generate)
     one = {"offline": offline, "exact": exact}[settings.judge]
     return lambda items: [one(*item) for item in items]
 

@@ -175,7 +175,7 @@ def _analyse(token: str) -> Word:
         return Word("", "", stop=True, role="end")
     if token in _SIGNS:
         return Word(stem(_SIGNS[token]), _SIGNS[token])
-    if token[0].isdigit():
+    if token[0].isdecimal():  # other digits, such as those in circles, are no numbers to Python
         digits = token.rstrip("stndrh").replace(",", "")
         decade = token.endswith("s")
         return _number(float(digits), token, suffix="s" if decade else "")

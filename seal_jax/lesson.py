@@ -118,10 +118,10 @@ def _context(task: Task, passage: Path | None) -> Context:
         if not found:
             raise SealError("no passage: give --passage FILE")
         return found[0]
-    if passage.suffix == ".json":
+    if passage.name.removesuffix(".gz").endswith((".json", ".jsonl")):
         return passages.load(passage)[0]
     try:
-        title, _, text = passage.read_text(encoding="utf-8").strip().partition("\n")
+        title, _, text = passage.read_text(encoding="utf-8-sig").strip().partition("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SealError(f"{passage}: not a readable text file") from error
     if not text.strip():

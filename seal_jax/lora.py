@@ -116,14 +116,24 @@ def merge(params: "Params", adapter: Adapter, cfg: object = None) -> "Params":
 
     Args:
       cfg: Not needed, since an adapter carries its scale; accepted like in `save_peft`.
+
+    Raises:
+      SealError: for several adapters, stacked.
     """
     del cfg
+    check_single(adapter)
     layers = dict(params.layers)
     for target, a in adapter.a.items():
         change = jnp.matmul(a, adapter.b[target], precision="highest") * adapter.scale
         weight = layers[target]
         layers[target] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
     return params.replace(layers=layers)
+
+
+def check_single(adapter: Adapter) -> None:
+    """Raises SealError for stacked adapters, which would be taken for layers."""
+    if any(x.ndim > 3 for x in jax.tree.leaves((adapter.a, adapter.b))):
+        raise SealError("these are many adapters; take one of them first")
 
 
 def concat(adapters: Sequence[Adapter]) -> Adapter:
@@ -137,6 +147,8 @@ def concat(adapters: Sequence[Adapter]) -> Adapter:
     first = adapters[0]
     if any(set(x.a) != set(first.a) for x in adapters):
         raise SealError("concat: the adapters adapt different projections")
+    if not first.scale:
+        raise SealError("concat: the first adapter's scale is 0")
     # The sum has one scale; the others' go into their b factors.
     scales = [x.scale / first.scale for x in adapters]
     return Adapter(

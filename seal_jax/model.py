@@ -205,6 +205,8 @@ def forward(
       config: The architecture, where it is not the one `params` carries.
       segments_bt: See `hidden`.
     """
+    if adapter is not None:
+        lora.check_single(adapter)
     if config is not None and config != params.config:
         params = params.replace(config=config)
     return unembed(params, hidden(params, adapter, tokens_bt, segments_bt=segments_bt))

@@ -229,14 +229,21 @@ def update(
 ) -> tuple[TrainState, Measures]:
     """Returns the state after one AdamW step along given gradients; see `step`.
 
-    Clipping, bias correction and decoupled decay are torch's and transformers' Trainer's.
+    Clipping, bias correction and decoupled decay, of all but norms and biases, are torch's and
+    transformers' Trainer's.
     """
     norm = optax.tree.norm(grads)
     if clip:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (norm + 1e-6)), grads)
     lr = rate(state.step)
     changes, moments = _adam(b2).update(grads, state.moments)
-    trained = jax.tree.map(
-        lambda p, u: (p - lr * (u + weight_decay * p)).astype(p.dtype), state.trained, changes
+    decay = lambda path: weight_decay if _decays(path) else 0.0
+    trained = jax.tree_util.tree_map_with_path(
+        lambda path, p, u: (p - lr * (u + decay(path) * p)).astype(p.dtype), state.trained, changes
     )
     return TrainState(trained, moments, state.step + 1), Measures(value, norm, lr)
+
+
+def _decays(path: tuple[Any, ...]) -> bool:
+    """Returns whether a weight at this place of a tree decays: norms and biases do not."""
+    return not any(str(part).strip(".[]'").endswith(("norm", "bias")) for part in path)

@@ -62,11 +62,16 @@ def keep_best(
         by_context.setdefault(candidate.context, []).append(candidate)
     kept = []
     for own in by_context.values():
-        best = sorted(own, key=lambda candidate: -candidate.reward)[: k or None]
-        kept += [
-            x for x in best if x.text.strip() and (min_reward is None or x.reward >= min_reward)
-        ]
+        best = sorted(own, key=lambda candidate: -_equal(candidate.reward))[: k or None]
+        good = lambda x: min_reward is None or _equal(x.reward) >= _equal(min_reward)
+        kept += [x for x in best if x.text.strip() and good(x)]
     return kept
+
+
+def _equal(reward: float) -> float:
+    """Returns a reward such that as many right answers give the same, however the seeds share them:
+    0 + 0 + .6 and 0 + .2 + .4 thirds of floats differ in the last bit."""
+    return round(reward, 9)
 
 
 def keep_random(candidates: Sequence[Scored], rng: np.random.Generator) -> list[Scored]:
@@ -81,10 +86,11 @@ def keep_random(candidates: Sequence[Scored], rng: np.random.Generator) -> list[
 def applied(
     scored: Sequence[Scored], rows: Sequence[runs.Record], kept: Sequence[Scored]
 ) -> list[Scored]:
-    """Returns the self-edits that trained something and are not among the kept."""
+    """Returns the self-edits that trained something and are not among the kept; no blank ones."""
     trained = {(row["context"], row["index"]) for row in rows if row["steps"]}
     chosen = {(x.context, x.index) for x in kept}
-    return [x for x in scored if (x.context, x.index) in trained - chosen]
+    others = trained - chosen
+    return [x for x in scored if (x.context, x.index) in others and x.text.strip()]
 
 
 def replay(candidates: Sequence[Scored], count: int, rng: np.random.Generator) -> list[Scored]:

@@ -19,7 +19,7 @@ import safetensors.numpy
 from seal_jax import checkpoint, dims
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
-from seal_jax.lora import PROJECTIONS, Adapter
+from seal_jax.lora import PROJECTIONS, Adapter, check_single
 from seal_jax.params import ModelConfig, table
 
 _CONFIG = "adapter_config.json"
@@ -59,8 +59,7 @@ def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config) -> P
       cfg: `cfg.model.path` is written down as the base model.
     """
     folder = Path(folder)
-    if any(x.ndim != 3 for x in (*adapter.a.values(), *adapter.b.values())):
-        raise SealError("save_peft: these are many adapters; take one of them first")
+    check_single(adapter)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SealError(f"{folder}: already there and not empty; nothing was written")
     tensors = {}

@@ -71,6 +71,8 @@ def decode(
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")
+    if samples < 1 or temperature < 0:
+        raise SealError(f"samples={samples}, temperature={temperature}: expected at least 1 and 0")
     if temperature and key is None:
         raise SealError("a temperature above 0 needs a key")
     own = adapters is not None and next(iter(adapters.a.values())).ndim == 4

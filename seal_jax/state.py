@@ -124,6 +124,8 @@ def _damage(folder: files.AnyPath) -> Iterator[None]:
     except (ValueError, KeyError, OSError) as error:  # Orbax's own errors derive from these
         cause = error.__cause__ or error
         text = str(cause).strip() or type(cause).__name__
+        if text.startswith("The truth value"):  # of arrays, which Orbax compares to say what is off
+            text = "it holds other arrays than these settings make"
         raise SealError(f"{folder}: cannot be restored: {text.splitlines()[0]}") from error
 
 

@@ -5,7 +5,7 @@ Means are exactly rounded (`statistics.mean`), so that equal values tie exactly,
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,15 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         return text(self)
+
+    def record(self) -> dict[str, float | int | None]:
+        """Returns it as JSON can hold it: None where it is NaN. See `from_record`."""
+        return {k: None if math.isnan(v) else v for k, v in self._asdict().items()}
+
+
+def from_record(record: Mapping[str, float | int | None]) -> Estimate:
+    """Returns the estimate of a record."""
+    return Estimate(**{k: math.nan if v is None else v for k, v in record.items()})
 
 
 class Interval(NamedTuple):

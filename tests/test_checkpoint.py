@@ -88,6 +88,30 @@ def test_files_of_the_source_are_copied_verbatim(copy, params, tmp_path):
     assert not (folder / "modeling.py").exists()
 
 
+def test_config_json_names_the_type_of_the_weights_beside_it(copy, tmp_path):
+    edit_config(copy, torch_dtype="bfloat16")
+    params = read(copy)
+    folder = checkpoint.save_hf(LM(params, None, params.config, copy), tmp_path / "new")
+    before, after = (json.loads((x / "config.json").read_text()) for x in (copy, folder))
+    assert after["torch_dtype"] == "float32"
+    assert {**after, "torch_dtype": 0} == {**before, "torch_dtype": 0}
+
+
+@pytest.mark.parametrize("name", ["tiny-grids", "tiny-world"])
+def test_a_built_in_model_saved_anew_reads_texts_as_before(name, tmp_path):
+    lm = checkpoint.load_model(name)
+    folder = checkpoint.save_hf(lm._replace(source=None), tmp_path / "new")
+    again = checkpoint.load_model(folder)
+    for text in ("I h1 w1 The 12 towns, of Arlen's.\n", '{"data_generation": {"a": true}}'):
+        assert again.tokenizer(text)["input_ids"] == lm.tokenizer(text)["input_ids"]
+
+
+def test_a_file_in_the_way_is_named(params, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SealError, match="already there"):
+        checkpoint.save_hf(LM(params, None, params.config), tmp_path / "file")
+
+
 def test_a_folder_appears_complete_or_not_at_all(params, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")

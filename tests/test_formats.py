@@ -71,6 +71,10 @@ def test_statistics_round_each_run_then_the_exact_mean():
     assert block["mean_adapter_std_within_completions"] == round(0.5**0.5 / 4, 4)  # self-edits
 
 
+def test_a_passage_without_questions_has_statistics_of_0():
+    assert set(results.stats_of_records([]).values()) == {0.0}
+
+
 def test_missing_statistics_stay_missing():
     old = {"baseline_mean": 0.5, "adapter_mean": 0.5, "gain_mean": 0.0}
     assert results.overall([[old], [old]])["mean_adapter_std_within_completions"] is None

@@ -108,6 +108,12 @@ def test_a_grammar_that_allows_everything_changes_no_draw():
         assert one.tokens.tolist() == other.tokens.tolist() and one.ended == other.ended
 
 
+def test_tokens_beyond_the_model_s_are_left_out():
+    language = grammar.automaton(text("ab"))
+    rules = grammar.compile(language, ["a", "b", "ab", "x"], [1, 9], vocab_size=2)
+    assert rules.allowed(np.int32(0)).tolist() == [True, False]
+
+
 def test_tokens_of_a_kind_are_those_that_lead_everywhere_alike():
     rng = np.random.default_rng(0)
     columns = rng.integers(-1, 4, (6, 40))

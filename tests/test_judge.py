@@ -49,6 +49,12 @@ def test_odd_text_gets_a_verdict(text):
         assert judge.offline(*item) in (True, False)
 
 
+@pytest.mark.parametrize("digit", "❶➓⓿፩①²٣")
+def test_every_kind_of_digit_gets_a_verdict(digit):
+    assert judge.offline("How many?", f"{digit} bridges", f"There are {digit} bridges")
+    assert not judge.offline(f"{digit}?", "three", f"{digit}{digit} of them")
+
+
 def test_the_judge_agrees_with_gpt_4_1_on_real_answers():
     """Nearly every row was trained on: this guards the shipped weights, it measures nothing.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import lora
+from seal_jax import lora, model
 from seal_jax.config import ALL_TARGETS, Lora
 from seal_jax.errors import SealError
 
@@ -113,6 +113,15 @@ def test_concat_refuses_adapters_of_other_projections(params):
         lora.concat([some, toys.adapter(params.config, targets=("q",))])
     with pytest.raises(SealError, match="no adapters"):
         lora.concat([])
+
+
+def test_stacked_adapters_are_not_taken_for_one(params):
+    one = toys.adapter(params.config)
+    two = lora.stack([one, one])
+    with pytest.raises(SealError, match="many adapters"):
+        lora.merge(params, two)
+    with pytest.raises(SealError, match="many adapters"):
+        model.forward(params, two, jnp.ones((1, 4), jnp.int32))
 
 
 def test_stacked_adapters_come_back_as_they_were(params):

@@ -166,6 +166,22 @@ def test_steps_are_torch_s_adamw_after_clipping(clip, decay, b2):
     assert state.step == 5
 
 
+def test_norms_and_biases_do_not_decay(params):
+    state, _ = optim.update(
+        optim.init(params),
+        jnp.zeros(()),
+        jax.tree.map(jnp.zeros_like, params),
+        lambda step: jnp.float32(0.5),
+        weight_decay=0.1,
+    )
+    kept = lambda path: any(str(x).strip(".[]'").endswith(("norm", "bias")) for x in path)
+    pairs = jax.tree_util.tree_leaves_with_path(params)
+    assert 0 < sum(kept(path) for path, _ in pairs) < len(pairs)
+    for (path, before), after in zip(pairs, jax.tree.leaves(state.trained), strict=True):
+        factor = 1.0 if kept(path) else 0.95
+        np.testing.assert_allclose(after, factor * before, rtol=1e-6, err_msg=str(path))
+
+
 def test_a_step_keeps_the_type_of_what_it_trains():
     state = optim.init({"w": jnp.ones(3, jnp.bfloat16)})
     loss_of = lambda tree: jnp.sum(tree["w"] ** 2).astype(jnp.float32)

@@ -1,5 +1,7 @@
 """Choosing self-edits, finetuning on them, and keys that depend on their purpose alone."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -27,6 +29,21 @@ def test_of_equal_ones_the_first_wins_even_when_sums_round_differently():
     for first, second in [((0.3, 0.2, 0.1), (0.1, 0.2, 0.3)), ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1))]:
         (kept,) = outer.keep_best([scored("a", 0, *first), scored("a", 1, *second)])
         assert kept.index == 0
+
+
+def test_as_many_right_answers_tie_however_the_seeds_share_them():
+    shared = [(0.0, 0.0, 0.6), (0.0, 0.2, 0.4), (0.2, 0.2, 0.2)]
+    assert len({scored("a", 0, *x).reward for x in shared}) > 1
+    for own in itertools.permutations(shared):
+        candidates = [scored("a", i, *x) for i, x in enumerate(own)]
+        assert [x.index for x in outer.keep_best(candidates)] == [0]
+        assert len(outer.keep_best(candidates, 0, min_reward=0.2)) == 3
+
+
+def test_a_blank_self_edit_is_never_replayed():
+    made = [scored("a", 0, 1.0), scored("a", 1, 0.0), scored("a", 2, 0.0, text=" \n")]
+    rows = [{"context": "a", "index": i, "steps": 3} for i in range(3)]
+    assert [x.index for x in outer.applied(made, rows, made[:1])] == [1]
 
 
 def test_all_zero_keeps_the_first_and_a_threshold_keeps_none():

@@ -280,6 +280,35 @@ def test_held_out_passages_are_never_trained_on(tmp_path):
         squad.task(config.Task(path=both.path, held_out=both.path), right_if_equal)
 
 
+def test_equal_passages_are_on_one_side(tmp_path):
+    entry = lambda i: {"title": f"T{i}", "context": f"Passage {i}.", "questions": []}
+    path = tmp_path / "passages.json"
+    path.write_text(json.dumps([entry(i % 5) for i in range(10)]))
+    for size in (1, 4, 9):
+        made = squad.task(config.Task(name="squad", path=str(path), size=size))
+        said = lambda contexts: {(x.title, x.passage) for x in contexts}
+        assert said(made.contexts) and not said(made.contexts) & said(made.held_out)
+        other = config.Task(name="squad", path=str(path), size=size, held_out=str(path))
+        if size < 9:
+            made = squad.task(other)
+            assert not said(made.contexts) & said(made.held_out)
+
+
+def test_equal_paragraphs_of_squad_s_own_file_are_one_passage(tmp_path):
+    asked = lambda text: {"question": text, "answers": [{"text": "a"}]}
+    paragraphs = [{"context": "P.", "qas": [asked("1?")]}, {"context": "P.", "qas": [asked("2?")]}]
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"title": "T", "paragraphs": paragraphs}]}))
+    (only,) = squad.load(str(path))
+    assert [q.text for q in only.questions] == ["1?", "2?"]
+
+
+def test_one_passage_may_stand_without_a_list(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"title": "T", "context": "P.", "questions": []}))
+    assert [x.passage for x in squad.load(str(path))] == ["P."]
+
+
 def test_the_order_of_contexts_is_the_reference_s_selection(tmp_path):
     made = squad.task(settings(tmp_path, n=20), right_if_equal)
     expected = squad.select([f"T{i}" for i in range(20)], 0, 0, 42)

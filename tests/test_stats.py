@@ -1,5 +1,6 @@
 """Laws of the statistics behind the tables."""
 
+import json
 import math
 import random
 
@@ -31,6 +32,15 @@ def test_one_value_has_no_error_and_none_has_no_mean():
     assert (one.mean, one.n) == (0.25, 1) and math.isnan(one.se)
     none = stats.mean_se([])
     assert none.n == 0 and math.isnan(none.mean) and math.isnan(none.se)
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [0.25, 0.5]])
+def test_an_estimate_goes_through_json_whatever_it_lacks(values):
+    made = stats.mean_se(values)
+    record = json.loads(json.dumps(made.record(), allow_nan=False))
+    assert record["n"] == len(values) and (record["se"] is None) == (len(values) < 2)
+    back = stats.from_record(record)
+    assert stats.text(back) == stats.text(made) and repr(back) == repr(made)
 
 
 def test_paired_error_ignores_what_both_sides_share():

@@ -103,7 +103,7 @@ def recompute(result: Mapping[str, Any], from_questions: bool = False) -> dict[s
 
 def stats_of_records(questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Returns a self-edit's statistics from its question records, grouped by their `rep`."""
-    reps = sorted({record["rep"] for record in questions})
+    reps = sorted({record["rep"] for record in questions}) or [0]  # of no questions all is 0
     rows = [[r for r in questions if r["rep"] == rep] for rep in reps]
     return completion_stats(
         [[record["baseline_correct"] for record in row] for row in rows],

@@ -44,8 +44,12 @@ def settings(
 def read_settings(content: Mapping[str, Any]) -> tuple[config.Lora, config.Inner]:
     """Returns a request's settings; what it does not say is the reference's default, and ours.
 
-    Accumulated batches are one batch for us. Dropout is refused: we train without.
+    Accumulated batches are one batch for us. What we do not do is refused: dropout, a loss that
+    begins behind a text, no training.
     """
+    for key in ("end_mask_substring", "skip_training"):
+        if content.get(key):
+            raise SealError(f"{key}={content[key]!r}: not supported")
     if content.get("lora_dropout", 0):
         raise SealError(f"lora_dropout={content['lora_dropout']}: training has no dropout")
     lora, inner = config.Lora(), config.Inner()

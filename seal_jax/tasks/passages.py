@@ -17,9 +17,9 @@ def load(path_or_hub_id: str | Path) -> list[Context]:
 
     Args:
       path_or_hub_id: A JSON file (also .gz): a list of `{"title", "context", "questions":
-        [{"question", "answer"}]}`, SEAL's format, or SQuAD's `{"data": [{"title", "paragraphs":
-        [{"context", "qas"}]}]}`. Or what `datasets` reads, one row for each passage (SEAL's) or
-        question (SQuAD's): a .jsonl or .parquet file, a folder, or a hub id such as
+        [{"question", "answer"}]}` or one of them, SEAL's format, or SQuAD's `{"data": [{"title",
+        "paragraphs": [{"context", "qas"}]}]}`. Or what `datasets` reads, one row for each passage
+        (SEAL's) or question (SQuAD's): a .jsonl or .parquet file, a folder, or a hub id such as
         `rajpurkar/squad`, with `:SPLIT` after it for another split than train.
 
     Raises:
@@ -30,6 +30,8 @@ def load(path_or_hub_id: str | Path) -> list[Context]:
         content = read_json(path)
         squad = isinstance(content, dict) and isinstance(content.get("data"), list)
         entries = _articles(content["data"], name) if squad else content
+        if isinstance(entries, dict) and "context" in entries:
+            entries = [entries]  # one passage
     else:
         rows = [dict(row) for row in _rows(name)]
         entries = rows if rows and "questions" in rows[0] else _group(rows, name)
@@ -73,15 +75,16 @@ def context_id(title: str, passage: str) -> str:
 
 
 def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
-    """Returns SQuAD's nested articles as entries in SEAL's format."""
-    rows = []
+    """Returns SQuAD's nested articles as entries in SEAL's format, equal paragraphs as one."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
     for i, article in enumerate(data):
         where = f"{origin}: article {i}"
         title = need(article, "title", str, where).replace("_", " ")
         for j, paragraph in enumerate(need(article, "paragraphs", list, where)):
             spot = f"{where}, paragraph {j}"
             context = need(paragraph, "context", str, spot)
-            questions = []
+            entry = {"title": title, "context": context, "questions": []}
+            questions = entries.setdefault((title, context), entry)["questions"]
             for k, qa in enumerate(need(paragraph, "qas", list, spot)):
                 at = f"{spot}, question {k}"
                 if isinstance(qa, dict) and qa.get("is_impossible"):
@@ -91,8 +94,7 @@ def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
                     raise SealError(f"{at}: no answer is given")
                 question, gold = need(qa, "question", str, at), need(answers[0], "text", str, at)
                 questions.append({"question": question, "answer": gold})
-            rows.append({"title": title, "context": context, "questions": questions})
-    return rows
+    return list(entries.values())
 
 
 def _rows(name: str) -> Iterable[dict[str, Any]]:

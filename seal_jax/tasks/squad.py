@@ -164,13 +164,14 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
         raise SealError("task.path: the squad task needs a file of passages or a hub id")
     order = select(load(settings.path), seed=settings.order_seed)
     size = settings.size or len(order)
-    contexts, held_out = order[:size], order[size:]
+    contexts, others = order[:size], order[size:]
     if settings.held_out is not None:
-        seen = {context.id for context in contexts}
         others = select(load(settings.held_out), seed=settings.order_seed)
-        held_out = [context for context in others if context.id not in seen]
-        if not held_out:
-            raise SealError(f"{settings.held_out}: every passage in it is also trained on")
+    # By what they say: of equal entries of a file the ids differ.
+    seen = {(context.title, context.passage) for context in contexts}
+    held_out = [x for x in others if (x.title, x.passage) not in seen]
+    if settings.held_out is not None and not held_out:
+        raise SealError(f"{settings.held_out}: every passage in it is also trained on")
     return make(contexts, settings, judge, held_out)
 
 
