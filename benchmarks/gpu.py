@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, to see that it runs")
     parser.add_argument("--shapes", nargs="+", choices=workload.SHAPES, default=list(_SHAPES))
     parser.add_argument("--round", default="qwen2.5-0.5b", help="shape at which a round is run")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[0, 16, 64, 128])
     parser.add_argument("--candidates", type=int, default=250, help="self-edits adapted")
     parser.add_argument("--targets", nargs="+", choices=inner_loop.TARGETS, default=["q, v"])
     parser.add_argument("--contexts", type=int, default=50)
@@ -77,6 +77,8 @@ def main() -> None:
             found = result["shapes"][shape] = {}
             for _ in measure(shape, args, limits, found):
                 machine.report("gpu", result, args.out, args.quick)  # what is measured is kept
+            if not any(map(fitting, found["adapters"].values())):
+                print(f"{shape}: no chunk fits into memory", flush=True)
     show(result)
 
 
@@ -142,12 +144,16 @@ def measure(
         found["adapters"][name] = inner_loop.compare(work, own, settings, args, limits.flops)
         inner_loop.print_adapter(name, found["adapters"][name])
         yield
+    ran = fitting(next(iter(found["adapters"].values())))
+    if not ran:
+        return
     found["generation"] = generation(work, args, limits)
     found["projected"] = projected(found, args)
     yield
     del work
     if shape == args.round:
-        found["round"] = run_round(shape, args)
+        best = max(ran, key=lambda row: row["candidates_per_s"])
+        found["round"] = run_round(shape, best["chunk"], args)
         yield
 
 
@@ -163,7 +169,12 @@ def generation(work, args: argparse.Namespace, limits: machine.Limits) -> dict[s
     return cases
 
 
-def run_round(shape: str, args: argparse.Namespace) -> dict[str, Any]:
+def fitting(compared: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the figures of the chunks that fitted into memory."""
+    return [row for row in compared["chunks"] if "candidates_per_s" in row]
+
+
+def run_round(shape: str, chunk: int, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the seconds of a round's stages, as a run goes through them.
 
     Random weights write no self-edits worth applying, so what is applied are the reference's.
@@ -174,7 +185,7 @@ def run_round(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     contexts = [edit.context for edit in work.edits[::5]]
     cfg = Config(
         lora=Lora(rank=32, alpha=64.0, targets=("q", "v")),
-        inner=Inner(epochs=args.epochs, chunk=args.chunks[-1]),
+        inner=Inner(epochs=args.epochs, chunk=chunk),
         sampling=Sampling(n=5, max_tokens=args.written),
         answers=Answers(max_tokens=args.tokens),
         outer=Outer(contexts=args.contexts, sft=Sft(learning_rate=1e-5)),
@@ -210,7 +221,7 @@ def projected(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]
     self_edits = 5 * args.contexts
     loops = 3 * self_edits
     first = next(iter(found["adapters"].values()))
-    candidates = max(row.get("candidates_per_s", 0.0) for row in first["chunks"])
+    candidates = max(row["candidates_per_s"] for row in fitting(first))
     cases = list(found["generation"].values())
     writing = max(case["tokens_per_s"] for case in cases[:-1])
     answering = cases[-1]["tokens_per_s"]
@@ -229,13 +240,15 @@ def show(result: dict[str, Any]) -> None:
     rows = []
     for shape, found in result["shapes"].items():
         for name, compared in found["adapters"].items():
-            ran = [row for row in compared["chunks"] if "candidates_per_s" in row]
+            ran = fitting(compared)
+            if not ran:
+                continue
             best = max(ran, key=lambda row: row["candidates_per_s"])
-            many = [row["share_of_floor"] for row in ran if row["chunk"] >= 16]
+            many = [row["share_of_floor"] for row in ran if row["chosen"] >= 16]
             rows.append(
                 (
                     f"{shape}, {name}",
-                    best["chunk"],
+                    best["chosen"],
                     1 / best["candidates_per_s"],
                     max(many, default=best["share_of_floor"]),
                     best.get("over_unpadded"),

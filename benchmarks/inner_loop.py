@@ -112,7 +112,9 @@ def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, A
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             found["chunks"].append({"chunk": chunk, "error": "does not fit into memory"})
-            break
+            if chunk:  # nor do larger ones
+                break
+            continue
         row["share_of_floor"] = row["useful_tokens_per_s"] * per_token / flops
         if rate:
             padded = found["peers"]["padded"]["useful_tokens_per_s"]
@@ -164,6 +166,7 @@ def ours(params, batch: Batch, own: Lora, size: int, args) -> tuple[dict[str, An
     processed = sum(chunk.processed for chunk in chunks)
     row = {
         "chunk": size,
+        "chosen": settings.chunk,
         "seconds": took,
         "candidates_per_s": len(batch) / took,
         "useful_tokens_per_s": useful / took,

@@ -145,7 +145,8 @@ def _gradients(kept, change_btnh):
     change = _folded(change_btnh, k_bskh.shape[2])
     by_weights = jnp.matmul(change, v_bskh.transpose(0, 2, 3, 1), **exact)
     mean = jnp.sum(change.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-    by_scores = (weights * (by_weights - mean)).astype(q.dtype)
+    # Of the only key that is seen it is 0, not rounding, which Adam would make a whole step of.
+    by_scores = jnp.where(weights == 1, 0.0, weights * (by_weights - mean)).astype(q.dtype)
     by_q = jnp.matmul(by_scores, k_bskh.transpose(0, 2, 1, 3), **exact) * h**-0.5
     by_k = jnp.matmul(q.swapaxes(2, 3), by_scores, **exact)
     by_v = jnp.matmul(change.swapaxes(2, 3), weights.astype(change.dtype), **exact)

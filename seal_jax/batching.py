@@ -1,5 +1,6 @@
 """Self-edits as batches: tokenised training texts of many candidates, ragged, on the host."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,7 +46,8 @@ class Candidate(NamedTuple):
     error: str | None = None
 
 
-class Batch(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Batch:
     """Candidates in the order of their self-edits; `slots.arrange` makes arrays of them."""
 
     candidates: tuple[Candidate, ...]
@@ -120,10 +122,6 @@ def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
     if settings.max_steps and steps > settings.max_steps:
         reason = f"asks for {steps} steps, more than {settings.max_steps}"
         return Candidate((), rate, 0, name, reason)
-    # What its own directives leave as it was is not trained: the first step of a warm-up is 0.
-    directed = (edit.learning_rate, edit.epochs) != (None, None)
-    if directed and (not rate or (steps == 1 and settings.warmup_steps)):
-        epochs = 0
     return Candidate(texts, rate, epochs, name)
 
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import costs, inner, lanes, multihost, programs, readers, sharding, visits
+from seal_jax import costs, inner, lanes, multihost, programs, readers, sharding, slots, visits
 from seal_jax import params as params_lib
-from seal_jax.batching import Batch
+from seal_jax.batching import Batch, steps_of
 from seal_jax.lanes import Call
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
@@ -79,7 +79,10 @@ def choose(
             return _said(kept, count, limit, ", activations kept")
         return _said(settings, again, limit)
     chunk = most(functools.partial(bytes_of, settings), each, limit, counts)
-    return _said(settings, chunk or counts[0], limit)
+    if not chunk:
+        say(f"inner.chunk: {counts[0]} may need more than the {limit / 2**30:.1f} GiB there are")
+        return dataclasses.replace(settings, chunk=counts[0])
+    return _said(settings, chunk, limit)
 
 
 def _said(settings, chunk: int, limit: int, how: str = "") -> config_lib.Inner:
@@ -126,25 +129,29 @@ def most(
 ) -> int:
     """Returns the largest of rising counts that fits; 0 where none does.
 
-    Tried from the largest: a call's own memory hardly depends on the count, so what the first
-    needs too much says where to go on.
+    Tried from the largest. Where a call is full, its own memory hardly depends on the count, so
+    what the first needs too much says where to go on; else in halves.
 
     Args:
       bytes_of: Compiles for a count; None where the compiler itself refused.
       each: Bytes by which a count needs more than the one before.
     """
-    ceiling = counts[-1]
-    for count in reversed(counts):
-        if count > ceiling:
-            continue
-        needed = bytes_of(count)
-        if needed is None:
-            ceiling = count // 2
-        elif needed <= limit:
-            return count
+    last = len(counts) - 1
+    needed = bytes_of(counts[last])
+    if needed is not None and needed <= limit:
+        return counts[last]
+    fits, least, at = -1, last, last // 2  # the largest known to fit, the least known not to
+    if needed is not None:
+        ceiling = counts[last] - (needed - limit) / each
+        at = max(sum(count <= ceiling for count in counts[:last]) - 1, 0)
+    while least - fits > 1:
+        needed = bytes_of(counts[at])
+        if needed is not None and needed <= limit:
+            fits = at
         else:
-            ceiling = count - max(1, (needed - limit) // each)
-    return 0
+            least = at
+        at = (fits + least) // 2
+    return counts[fits] if fits >= 0 else 0
 
 
 class _Weights(NamedTuple):
@@ -160,8 +167,10 @@ def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> Call:
     """Returns the largest call of a batch with `count` candidates resident; on a mesh, a step."""
     if mesh is None:
         return lanes.largest_call(batch, count)
-    longest = max(len(text.tokens) for c in batch.candidates for text in c.texts)
-    return Call(count, 1, visits.Size(1, longest, longest))
+    every = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+    steps = [step for own in every for step in own]
+    t = max(sum(len(text.tokens) for text in row) for step in steps for row in step)
+    return Call(count, 1, visits.Size(max(map(len, steps)), slots.round_up(t), t))
 
 
 @functools.lru_cache
@@ -173,7 +182,8 @@ def _bytes(
     try:
         if weights.mesh is not None:
             cfg = config_lib.Config(lora=adapter, inner=settings)
-            program = programs.inner_loop(config, cfg, weights.mesh, call.residents, call.size.t)
+            size = (call.residents, call.size.t, call.size.rows)
+            program = programs.inner_loop(config, cfg, weights.mesh, *size)
             return programs.memory(programs.compiled(program)).total
         apart = functools.partial(readers.layers_apart, always=weights.apart)
         params = jax.eval_shape(apart, params_lib.shapes(config, jnp.dtype(weights.dtype)))

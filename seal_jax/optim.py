@@ -15,6 +15,7 @@ from seal_jax.params import Params
 # Logits of more than this many (token, vocabulary) pairs are made a part of the sequence at a time.
 _LOGITS_AT_ONCE = 1 << 22
 _LOSS_CHUNK = 128
+_SOUND = 1e3  # trained adapters stay below 1, or below some hundreds at a rate of 1
 
 
 def token_nll(
@@ -107,6 +108,8 @@ def losses(
 ) -> jax.Array:
     """Returns the `loss` [p] of each of p adapters over the tokens that are its own.
 
+    Of an adapter that diverged it is NaN.
+
     Args:
       adapters: Stacked [p, ...].
       place_bt: Which of them a token belongs to; a text's tokens belong to one.
@@ -115,6 +118,10 @@ def losses(
     if ranks_btr is None:
         texts = (tokens_bt, weights_bt, segments_bt)
         return loss(params, adapter, *texts, remat=remat, predicted=predicted)[None]
+    # In a shared row 0 x NaN is NaN: who diverged takes no part, whoever else is there.
+    sound_p = _sound(adapters)
+    keep = lambda x: jnp.where(sound_p.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    adapter, ranks_btr = lora.side_by_side(jax.tree.map(keep, adapters), place_bt)
     x_btd = model.hidden(
         params, adapter, tokens_bt, segments_bt=segments_bt, remat=remat, ranks_btr=ranks_btr
     )
@@ -129,7 +136,16 @@ def losses(
         jnp.where(own_bt == jnp.arange(count)[:, None, None], x_bt, 0.0), axis=(1, 2)
     )
     divisor_p = share(place_bt, weights_bt.astype(jnp.float32))
-    return share(own_bt, weighted_bt) / jnp.maximum(divisor_p, 1e-9)
+    return jnp.where(sound_p, share(own_bt, weighted_bt) / jnp.maximum(divisor_p, 1e-9), jnp.nan)
+
+
+def _sound(adapters: Adapter) -> jax.Array:
+    """Returns which of several adapters [p, ...] have only numbers that no layer makes infinite."""
+    largest = [
+        jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim)))
+        for x in jax.tree.leaves((adapters.a, adapters.b))
+    ]
+    return jnp.stack(largest).max(0) < _SOUND  # False for NaN
 
 
 def _weighted(params, x_btd, tokens_bt, weights_bt, segments_bt, predicted: int, frozen: bool):

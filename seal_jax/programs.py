@@ -33,9 +33,9 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         """What is there at once. The sum counts temporaries that never live together: compilers
-        accept programs whose sum is far beyond the device."""
+        accept programs whose sum is far beyond the device. A CPU's peak leaves them out."""
         least = self.arguments + self.outputs
-        return max(self.peak or least + self.temporaries, least) + self.code
+        return (self.peak if self.peak > least else least + self.temporaries) + self.code
 
     def beside(self, held: int) -> "Memory":
         """Returns the bytes if so many more are held that are no arguments."""
@@ -59,10 +59,20 @@ def weights(config: ModelConfig, mesh: Mesh, layout: sharding.Layout = "fsdp") -
 
 
 def inner_loop(
-    config: ModelConfig, cfg: Config, mesh: Mesh, candidates: int, tokens: int, steps: int = 16
+    config: ModelConfig,
+    cfg: Config,
+    mesh: Mesh,
+    candidates: int,
+    tokens: int,
+    rows: int = 0,
+    steps: int = 16,
 ) -> Any:
-    """Returns the lowered inner loop of a chunk, each step `inner.batch_size` rows of `tokens`."""
-    rows = cfg.inner.batch_size or 4
+    """Returns the lowered inner loop of a chunk, each step `rows` rows of `tokens`.
+
+    Args:
+      rows: By default `inner.batch_size`, or 4 where a step takes all texts.
+    """
+    rows = rows or cfg.inner.batch_size or 4
     slots = _slots(candidates, rows, tokens, steps)
     adapters = _stacked(lora.shapes(config, cfg.lora), candidates)
     with sharding.use(mesh):

@@ -166,7 +166,12 @@ def score(
 
 
 class Outcome(NamedTuple):
-    """What one inner loop of one candidate came to; `at` is its place in the batch."""
+    """What one inner loop of one candidate came to.
+
+    Attributes:
+      at: Its place in the batch.
+      steps: Steps it took; 0 if they changed nothing.
+    """
 
     at: int
     grade: Grade
@@ -246,9 +251,12 @@ def _outcome(task, edit, place, answers, losses, candidate, cfg) -> Outcome:
         error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
     first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
     grade = _grade(task, edit.context, answers)
-    if not len(losses) and not cfg.outer.reward_untrained:
+    steps = len(losses)
+    if not candidate.learning_rate or (steps == 1 and cfg.inner.warmup_steps):
+        steps = 0  # at a rate of 0, which a warm-up begins with
+    if not steps and not cfg.outer.reward_untrained:
         grade = grade._replace(reward=0.0)
-    return Outcome(place, grade, answers, len(losses), first, last, error)
+    return Outcome(place, grade, answers, steps, first, last, error)
 
 
 def _grade(task: Task, context: Context, answers: list[str]) -> Grade:

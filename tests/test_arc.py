@@ -16,7 +16,7 @@ from seal_jax import config as config_lib
 from seal_jax import tasks as task_lib
 from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError, SelfEditError
-from seal_jax.tasks import arc
+from seal_jax.tasks import Grade, arc
 from seal_jax.tasks.arc import augment, compact, edits, generate, grids, predict, tasks, voting
 from seal_jax.tasks.arc import submission as submissions
 from seal_jax.tasks.arc import task as task_module
@@ -303,3 +303,25 @@ def test_a_batch_in_which_nothing_can_be_asked_gets_nothing():
     written = [SelfEdit(task.contexts[0], 0, edits.text(edits.make()))]
     ((outcomes, _),) = rewards.evaluate(lm, task, written, jax.random.key(0), cfg)
     assert [x.grade.reward for x in outcomes] == [0.0] and outcomes[0].answers == []
+
+
+def test_what_changes_nothing_is_not_rewarded_unless_as_the_bare_model():
+    cfg = config_lib.load_config(ROOT / "configs" / "arc_tiny.yaml")
+    assert cfg.inner.warmup_steps and not cfg.outer.reward_untrained
+    task = load_task(cfg.task)
+    # Whatever is answered is right.
+    task = task._replace(grade=lambda context, answers: Grade(1.0, (True,)))
+    lm = checkpoint.load_model(cfg.model)
+    made = lambda **own: edits.text(edits.make(**own))
+    written = [
+        SelfEdit(task.contexts[0], 0, made(learning_rate=0.0, epochs=2)),
+        SelfEdit(task.contexts[0], 1, made(learning_rate=1e-4, epochs=2)),
+        SelfEdit(task.contexts[0], 2, "no self-edit"),
+    ]
+    for untrained, expected in ((False, [0.0, 1.0, 0.0]), (True, [1.0, 1.0, 1.0])):
+        outer = dataclasses.replace(cfg.outer, reward_untrained=untrained)
+        own = dataclasses.replace(cfg, outer=outer)
+        found = rewards.evaluate(lm, task, written, jax.random.key(0), own)
+        outcomes = sorted((x for part, _ in found for x in part), key=lambda x: x.at)
+        assert [x.grade.reward for x in outcomes] == expected
+        assert [bool(x.steps) for x in outcomes] == [False, True, False]

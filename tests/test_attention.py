@@ -75,6 +75,16 @@ def test_the_gradient_is_the_one_that_jax_derives(k):
         np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=f"gradient of {name}")
 
 
+@pytest.mark.parametrize("attend", [attention.attend, attention.attend_long])
+def test_the_only_key_that_is_seen_gets_no_gradient_of_a_score(attend):
+    q, key, v, weight = inputs(2, h=16)
+    mask = np.broadcast_to(np.eye(2, dtype=bool), (2, 2, 2))
+    _, (by_q, by_k, _) = values_and_gradients(
+        functools.partial(attend, mask_bts=mask), q, key, v, weight
+    )
+    assert not np.any(by_q) and not np.any(by_k)  # not rounding, which Adam would scale up
+
+
 def test_under_two_vmaps_every_candidate_and_row_is_its_own():
     t = 130
     segments = np.array([[[1] * 70 + [2] * 60], [[1] * 30 + [-1] * 100]], np.int32)

@@ -139,15 +139,6 @@ def test_directives_of_the_self_edit_win_over_the_settings():
     assert (own.learning_rate, own.epochs) == (0.25, 2)
 
 
-def test_directives_that_change_nothing_train_nothing():
-    written = ["lr=0;epochs=2;1 2", "epochs=1;1 2", "epochs=2;1 2", "1 2"]
-    assert [c.epochs for c in toys.batch(written, Inner(epochs=1)).candidates] == [0, 1, 2, 1]
-    warm = Inner(epochs=1, warmup_steps=3)  # whose first step has a rate of 0
-    assert [c.epochs for c in toys.batch(written, warm).candidates] == [0, 0, 2, 1]
-    # A rate of 0 in the settings is an experiment, with its losses.
-    assert toys.batch(["1 2"], Inner(learning_rate=0.0, epochs=5)).candidates[0].epochs == 5
-
-
 def test_a_self_edit_that_cannot_be_applied_trains_nothing_and_says_why():
     settings = Inner(max_steps=6)
     written = ["bad", "1 2;epochs=7", "1 2;3 4;epochs=3"]

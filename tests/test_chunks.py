@@ -37,6 +37,24 @@ def test_a_count_that_does_not_fit_after_all_gives_way_to_a_smaller_one():
     assert chunks.largest(lambda n: 10, 500, (1,)) == 1
 
 
+def test_of_calls_that_grow_until_they_are_full_the_largest_that_fits_is_found():
+    counts = chunks._COUNTS
+
+    def needed(count):  # as of 0.5B: 285 a candidate until the call is full, then 130
+        return 5000 + 285 * min(count, 48) + 130 * max(count - 48, 0)
+
+    for limit in (*range(4000, 50_000, 700), 5285):
+        tried = []
+        own = lambda count: tried.append(count) or needed(count)  # noqa: B023
+        best = max((x for x in counts if needed(x) <= limit), default=0)
+        for each in (1, 130, 1000):
+            tried.clear()
+            assert chunks.most(own, each, limit, counts) == best
+            assert len(tried) == len(set(tried)) <= 7
+    assert chunks.most(lambda count: None if count > 6 else 1, 1, 10, counts) == 6
+    assert chunks.most(lambda count: 10, 1, 10, (4,)) == 4
+
+
 def test_more_memory_takes_larger_chunks_up_to_all_candidates():
     weights = toys.params(CONFIG)
     made = batch()

@@ -11,7 +11,7 @@ import provenance
 import pytest
 import toys
 
-from seal_jax import inner, lora, optim, residents
+from seal_jax import inner, lanes, lora, optim, residents
 from seal_jax import slots as slots_lib
 from seal_jax.config import Config, Inner, Lora
 from seal_jax.slots import Slots
@@ -130,6 +130,28 @@ def test_a_neighbour_is_untouched_to_the_last_bit(params, together, change, fini
     assert not np.array_equal(losses[0][:9], together[1][0][:9])
     diverged = inner.diverged(toys.batch(written, SETTINGS), losses)
     np.testing.assert_array_equal(diverged, [not finite, False, False, False, False])
+
+
+def test_who_diverges_in_a_shared_row_leaves_its_neighbours_alone(params):
+    """As on accelerators, where rows hold steps of several candidates."""
+    texts = [";".join(toys.text(7, (i, j)) for j in range(3)) for i in range(6)]
+    bad = [f"lr=1e38;{texts[0]}", *texts[1:]]
+
+    def run_packed(written):
+        batch = toys.batch(written, SETTINGS)
+        (chunk,) = lanes.arrange(batch, 0, KEY, packed=True)
+        ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
+        static = {"settings": inner.loop_settings(SETTINGS), "remat": False}
+        adapters, losses = residents.run(params, chunk.slots, ids, KEY, CFG.lora, **static)
+        back = np.argsort(chunk.index)[-len(written) :]
+        return lora.take(adapters, back), np.asarray(losses)[back]
+
+    adapters, losses = run_packed(texts)
+    found, seen = run_packed(bad)
+    n = len(texts)
+    assert np.isfinite(losses[:, :3]).all() and not np.isfinite(seen[0][:3]).all()
+    chex.assert_trees_all_equal(lora.take(found, range(1, n)), lora.take(adapters, range(1, n)))
+    np.testing.assert_array_equal(seen[1:], losses[1:])
 
 
 def test_each_candidate_follows_its_own_schedule(params, fresh):
