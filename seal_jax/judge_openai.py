@@ -182,7 +182,8 @@ def _retry_after(headers: Any) -> float | None:
 
 def _entry(text: str, settings: config.OpenAI) -> Path:
     """Returns the cache file of a prompt, named by the hash of all that decides the reply."""
-    asked = json.dumps([settings.base_url, settings.model, text])
+    endpoint = settings.base_url or os.environ.get("OPENAI_BASE_URL")  # as the client chooses
+    asked = json.dumps([endpoint, settings.model, text])
     name = hashlib.sha256(asked.encode()).hexdigest()
     return Path(settings.cache).expanduser() / name[:2] / f"{name}.json"
 
@@ -202,7 +203,7 @@ def _remember(file: Path, content: dict[str, Any]) -> None:
     handle, draft = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, ensure_ascii=False)
+            json.dump(content, stream)  # in ASCII: a reply may hold half of a surrogate pair
         os.replace(draft, file)
     except BaseException:
         os.unlink(draft)

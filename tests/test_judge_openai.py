@@ -156,6 +156,21 @@ def test_what_was_answered_once_is_never_asked_again(serve, tmp_path):
     assert "secret-7" not in cached and "gold 3" in cached
 
 
+def test_half_a_surrogate_pair_in_a_reply_is_a_verdict_all_the_same(serve):
+    _, settings = serve(lambda *_: reply("yes \ud83d"))
+    assert judge_openai.judge_many(ITEMS[:1], settings) == [True]
+
+
+def test_endpoints_named_by_the_environment_share_no_verdicts(serve, monkeypatch):
+    first, settings = serve(lambda *_: reply("yes"))
+    second, other = serve(lambda *_: reply("no"))
+    own = config.OpenAI(**dict(vars(settings), base_url=None))
+    for endpoint, verdict in ((settings.base_url, True), (other.base_url, False)):
+        monkeypatch.setenv("OPENAI_BASE_URL", endpoint)
+        assert judge_openai.judge_many(ITEMS[:1], own) == [verdict]
+    assert len(first.requests) == len(second.requests) == 1
+
+
 def test_a_damaged_cache_file_is_asked_again(serve, tmp_path):
     server, settings = serve(even)
     judge_openai.judge_many(ITEMS[:1], settings)

@@ -303,6 +303,14 @@ def test_equal_paragraphs_of_squad_s_own_file_are_one_passage(tmp_path):
     assert [q.text for q in only.questions] == ["1?", "2?"]
 
 
+def test_rows_of_questions_may_stand_in_a_json_file(tmp_path):
+    row = lambda q: {"title": "T", "context": "P.", "question": q, "answers": {"text": ["a"]}}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row("1?"), row("2?")]))
+    (only,) = squad.load(str(path))
+    assert [(q.text, q.gold) for q in only.questions] == [("1?", "a"), ("2?", "a")]
+
+
 def test_one_passage_may_stand_without_a_list(tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps({"title": "T", "context": "P.", "questions": []}))

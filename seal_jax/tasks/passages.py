@@ -32,6 +32,8 @@ def load(path_or_hub_id: str | Path) -> list[Context]:
         entries = _articles(content["data"], name) if squad else content
         if isinstance(entries, dict) and "context" in entries:
             entries = [entries]  # one passage
+        elif isinstance(entries, list) and _is_row(entries[:1]):
+            entries = _group(entries, name)
     else:
         rows = [dict(row) for row in _rows(name)]
         entries = rows if rows and "questions" in rows[0] else _group(rows, name)
@@ -115,6 +117,11 @@ def _rows(name: str) -> Iterable[dict[str, Any]]:
     except Exception as error:  # datasets raises many kinds, from network and parsing alike
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SealError(f"{name}: cannot be read as a file or hub data set: {reason}") from error
+
+
+def _is_row(first: list[Any]) -> bool:
+    """Returns whether a list begins with a question, as SQuAD's rows on the hub are."""
+    return bool(first) and isinstance(first[0], dict) and "question" in first[0]
 
 
 def _group(rows: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
