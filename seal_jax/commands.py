@@ -90,6 +90,23 @@ class Plan:
     """Try this many alone; by default the most that fit are searched."""
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write a run's policy as a folder that transformers, vLLM and seal-jax load.
+
+    Example: seal-jax export runs/tiny_world --to hf models/tiny_world_policy
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run."""
+    folder: tyro.conf.Positional[Path]
+    """Folder for the model."""
+    to: Literal["hf"] = "hf"
+    """Hugging Face's format."""
+    policy: str | None = None
+    """Such as round_0 or control/round_1; by default that of the last round."""
+
+
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
 
 
@@ -185,11 +202,20 @@ def plan(arguments: list[str]) -> int:
     return 0 if made["fits"] else 1
 
 
+def export(arguments: list[str]) -> None:
+    """Writes a run's policy as a Hugging Face folder."""
+    chosen = _parse(Export, "export", arguments)
+    from seal_jax import policies
+
+    print(policies.export(chosen.run, chosen.folder, chosen.policy))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "run": run,
     "adapt": adapt,
     "pretrain": pretrain,
     "plan": plan,
+    "export": export,
 }
 
 

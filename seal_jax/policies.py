@@ -3,10 +3,14 @@
 A run of r rounds with its control comes to 2 r + 1 models, which no device has room for.
 """
 
+from pathlib import Path
+
 import jax
 
 from seal_jax import checkpoint, files, sharding, state
+from seal_jax import config as config_lib
 from seal_jax.checkpoint import LM
+from seal_jax.errors import SealError
 from seal_jax.params import Params
 
 Saved = files.AnyPath | None  # where a policy is; None: the model before any round
@@ -43,3 +47,32 @@ class Policies:
         places = jax.tree.map(lambda x: x.sharding, self._like) if split else None
         bare = self._bare
         return checkpoint.read_params(bare.source, bare.config, self._like.embed.dtype, places)
+
+
+def export(run: str | Path, folder: Path, name: str | None = None) -> Path:
+    """Writes a policy of a run in Hugging Face's format; returns its folder.
+
+    Args:
+      run: The run's folder.
+      name: Such as round_0 or control/round_1; None takes the last round's.
+
+    Raises:
+      SealError: where there is no such run or policy, before the model is loaded.
+    """
+    home = files.path(run)
+    settings = files.read(home / "config.yaml")
+    if settings is None:
+        raise SealError(f"{home}: no run there (no config.yaml)")
+    cfg = config_lib.parse(settings, str(home / "config.yaml"))
+    rounds = range(cfg.outer.rounds)
+    known = [f"control/round_{i}" for i in rounds] + [f"round_{i}" for i in rounds]
+    known = [x for x in known if files.exists(home / x / "policy")]
+    name = name or next((x for x in reversed(known) if x.startswith("round")), None)
+    if name not in known:
+        there = ", ".join(known) or "none"
+        raise SealError(f"{home}: no policy {name or 'of a round'} there (there is: {there})")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SealError(f"{folder}: already there and not empty; nothing was written")
+    lm = checkpoint.load_model(cfg.model)
+    params = state.load_tree(home / name / "policy", lm.params)
+    return checkpoint.save_hf(lm._replace(params=params), folder)

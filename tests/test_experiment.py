@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import pytest
 import shared_data
 
-from seal_jax import checkpoint, lesson, runs
+from seal_jax import checkpoint, lesson, runs, state
 from seal_jax import config as config_lib
 from seal_jax.__main__ import main
 from seal_jax.tasks.registry import load_task
@@ -64,6 +65,24 @@ def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
         assert (home / "policy").is_dir()
     table = json.loads((folder / "eval" / "table.json").read_text())
     assert table["oracle"]["n"] == 6 and table["oracle"]["se"] >= 0
+
+
+def test_a_policy_is_exported_as_a_model_folder(whole, tmp_path, capsys):
+    run, out = str(whole[0]), tmp_path / "model"
+    assert main(["export", run, "--to", "hf", str(out)]) == 0
+    base = checkpoint.load_model("tiny-world")
+    policy = state.load_tree(whole[0] / "round_1" / "policy", base.params)
+    chex.assert_trees_all_equal(checkpoint.load_model(out).params, policy)
+    text = "Who led Arlen?"
+    made = checkpoint.load_model(out)
+    assert made.tokenizer(text)["input_ids"] == base.tokenizer(text)["input_ids"]
+    assert main(["export", run, str(out)]) == 2
+    assert "already there" in capsys.readouterr().err
+    assert main(["export", run, str(tmp_path / "other"), "--policy", "control/round_0"]) == 0
+    assert main(["export", run, str(tmp_path / "third"), "--policy", "round_7"]) == 2
+    assert "control/round_0, control/round_1, round_0, round_1" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "third")]) == 2
+    assert "no run there" in capsys.readouterr().err and not (tmp_path / "third").exists()
 
 
 def test_a_run_killed_at_three_stages_ends_with_the_same_records(whole, tmp_path):
@@ -176,7 +195,7 @@ def test_settings_may_stand_before_or_after_options(tmp_path, capsys):
         assert "did you mean 'inner.epochs'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["run", "adapt", "pretrain"])
+@pytest.mark.parametrize("name", ["run", "adapt", "pretrain", "export"])
 def test_each_command_s_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as caught:
         main([name, "--help"])
