@@ -1,6 +1,7 @@
 """The command line: `python -m seal_jax COMMAND`, also installed as `seal-jax`."""
 
 import gc
+import os
 import sys
 
 from seal_jax.commands import COMMANDS, usage
@@ -13,15 +14,10 @@ def main(arguments: list[str] | None = None) -> int:
     # every 700 of them takes a fifth of a short command.
     gc.set_threshold(200_000, 10, 10)
     arguments = sys.argv[1:] if arguments is None else arguments
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if name in ("-h", "--help"):
-        print(usage())
-        return 0
     try:
-        if name not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise SealError(f"unknown command {name!r}: expected one of {known}")
-        return COMMANDS[name](rest) or 0
+        status = _command(arguments)
+        sys.stdout.flush()
+        return status
     except SealError as error:
         print(f"seal-jax: {error}", file=sys.stderr)
         return 2
@@ -31,6 +27,23 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("seal-jax: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"seal-jax: {error.filename or 'error'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _command(arguments: list[str]) -> int:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise SealError(f"unknown command {name!r}: expected one of {known}")
+    return COMMANDS[name](rest) or 0
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ class Run:
     """YAML file of settings."""
     overrides: Overrides = field(default=())
     """Changed settings, such as inner.epochs=5."""
-    run: Path | None = None
-    """Folder of records; by default runs/NAME."""
+    run: str | None = None
+    """Folder of records, also in a bucket (gs://...); by default runs/NAME."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,21 @@ _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
 
 def _parse(kind: type, name: str, arguments: list[str]):
     """Returns the parsed arguments; key=value may stand anywhere after the configuration."""
-    values = {
-        i + 1 for i, word in enumerate(arguments) if word.startswith("--") and "=" not in word
-    }
-    changes = [
-        word for i, word in enumerate(arguments) if _OVERRIDE.match(word) and i not in values
-    ]
-    rest = [word for i, word in enumerate(arguments) if word not in changes or i in values]
-    first = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-    arguments = rest[:first] + changes + rest[first:]
+    option = lambda word: word.startswith("-")
+    values = {i + 1 for i, word in enumerate(arguments) if option(word) and "=" not in word}
+    free = [i for i, word in enumerate(arguments) if i not in values and not option(word)]
+    changes = [i for i in free if _OVERRIDE.match(arguments[i])]
+    first = next((i for i in free if i not in changes), -1)  # the configuration
+    order = [i for i in range(len(arguments)) if i not in changes]
+    at = order.index(first) + 1 if first >= 0 else 0
+    arguments = [arguments[i] for i in order[:at] + changes + order[at:]]
     return tyro.cli(kind, prog=f"seal-jax {name}", args=arguments, description=kind.__doc__)
+
+
+def _local(file: Path | None, option: str) -> None:
+    """Raises SealError for a bucket, of which a path would become a folder called gs:."""
+    if file is not None and re.match(r"\w+:/", str(file)):
+        raise SealError(f"{option} {file}: must be on this machine's disk")
 
 
 def _quiet() -> None:
@@ -145,6 +150,7 @@ def adapt(arguments: list[str]) -> None:
     from seal_jax import config, lesson
 
     cfg = config.load_config(chosen.config, chosen.overrides)
+    _local(chosen.out, "--out")
     lesson.print_lesson(lesson.teach(cfg, chosen.passage, chosen.out))
 
 
@@ -193,6 +199,7 @@ def plan(arguments: list[str]) -> int:
     cfg = config.load_config(chosen.config, chosen.overrides)
     if chosen.tokens < 1 or chosen.candidates < 0:
         raise SealError("plan: --tokens must be at least 1, --candidates not negative")
+    _local(chosen.json, "--json")
     request = plan_lib.Request(cfg, chosen.topology, chosen.tokens, chosen.candidates)
     made = plan_lib.make(request)
     if chosen.json is not None:
@@ -207,6 +214,7 @@ def export(arguments: list[str]) -> None:
     chosen = _parse(Export, "export", arguments)
     from seal_jax import policies
 
+    _local(chosen.folder, "export")
     print(policies.export(chosen.run, chosen.folder, chosen.policy))
 
 

@@ -46,7 +46,7 @@ class Lora:
 
     rank: Positive = 32
     alpha: float = 64.0
-    targets: tuple[Target, ...] = ("q", "v")
+    targets: typing.Annotated[tuple[Target, ...], pydantic.Field(min_length=1)] = ("q", "v")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Sft:
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora(rank=64, alpha=128.0, targets=ALL_TARGETS)
     learning_rate: Rate = 3e-4
-    epochs: Count = 2
+    epochs: Positive = 2
     batch_size: Positive = 10
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: Count = 0

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from seal_jax import (
     checkpoint,
+    files,
     held_out,
     judge_model,
     multihost,
@@ -62,7 +64,14 @@ def _run(cfg: Config, folder: str | Path | None) -> Report:
     check(cfg, task)
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
     mesh = sharding.make(cfg.mesh)
+    runs.check_trackers(cfg.trackers)
     path = runs.open_run(cfg, folder)
+    with runs.alone(path):
+        return _rounds(cfg, task, mesh, path)
+
+
+def _rounds(cfg: Config, task: Task, mesh: Mesh | None, path: Path) -> Report:
+    """Returns the report of all rounds and the table, in a folder of our own."""
     models = Policies(checkpoint.load_model(cfg.model, mesh=mesh), cfg.outer.adapt)
     metrics = runs.Metrics(path, cfg.trackers, cfg.name)
     summaries, policies = [], {"own self-edits": None}
@@ -129,6 +138,7 @@ def one_round(
     or with `outer.adapt: base` to the model before any round.
     """
     home = path / f"round_{number}"
+    over = files.exists(home / "summary.json")  # a run that goes on comes by again
     start = time.monotonic()
     key = outer.key_of(cfg, "write", number)
     edits = outer.write_edits(
@@ -159,6 +169,8 @@ def one_round(
     trained = outer.train_policy(models.load(policy), kept, home / "policy", key, cfg)
     summary = summarise(scored, kept, base, rows)
     runs.write_json(home / "summary.json", summary)
+    if over:
+        return home / "policy" if trained else policy, summary
     metrics.log(
         stage=f"round_{number}",
         write_s=round(wrote - start, 2),

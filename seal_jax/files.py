@@ -31,7 +31,7 @@ def path(name: str | AnyPath) -> AnyPath:
         found = epath.Path(name)
         found.exists()
         return found
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, KeyError) as error:
         kind = str(name).partition("://")[0]
         raise SealError(
             f"{name}: {kind}:// paths need a library that is not here (gs:// needs gcsfs): {error}"

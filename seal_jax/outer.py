@@ -132,7 +132,7 @@ def _edit_record(one: rewards.Written) -> runs.Record:
         "index": one.edit.index,
         "text": one.edit.text,
         "tokens": one.tokens,
-        "logprob": round(one.logprob, 6),
+        "logprob": round(one.logprob, 6) if np.isfinite(one.logprob) else None,
         "ended": one.ended,
     }
 

@@ -1,12 +1,15 @@
 """The run folder: settings, records as JSON lines, resume. Plain files anyone can read."""
 
+import contextlib
 import dataclasses
+import fcntl
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,8 @@ from seal_jax.errors import SealError
 
 Record = dict[str, Any]
 # Settings that change no record: a run may go on with others.
-_MACHINE = ("mesh", "distributed", "compiler")
+_MACHINE = ("mesh", "distributed", "compiler", "trackers")
+_CHUNKS = ("inner.chunk", "sampling.chunk", "answers.chunk")
 
 
 def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
@@ -33,12 +37,15 @@ def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
     found = files.read(file)
     if found is not None:
         changed = _changed(config_lib.parse(found, str(file)), cfg)
-        changed = [key for key in changed if key.partition(".")[0] not in _MACHINE]
+        own = lambda key: key.partition(".")[0] in _MACHINE or key in _CHUNKS
+        changed = [key for key in changed if not own(key)]
         if changed:
             keys = ", ".join(changed)
             raise SealError(f"{path}: holds a run with other settings ({keys}); name a new one")
         return path
-    if files.entries(path):
+    # What a kill, or a full disk, leaves of a run that had not begun.
+    draft = lambda name: name == "environment.json" or name.endswith(".partial")
+    if not all(map(draft, files.entries(path))):
         raise SealError(f"{path}: not empty and no run of ours (no config.yaml)")
     write_json(path / "environment.json", environment())
     write_text(file, config_lib.dump(cfg))  # last: a folder with settings is a run
@@ -128,10 +135,39 @@ def records(file: Path) -> list[Record]:
     found = []
     for number, line in enumerate(data[:whole].splitlines(), 1):
         try:
-            found.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise SealError(f"{file}, line {number}: not valid JSON") from error
+        if not isinstance(row, dict):
+            raise SealError(f"{file}, line {number}: not a record")
+        found.append(row)
     return found
+
+
+@contextlib.contextmanager
+def alone(folder: files.AnyPath) -> Iterator[None]:
+    """Keeps other runs on this machine from a run's folder meanwhile; in a bucket nothing does.
+
+    Raises:
+      SealError: where one is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> bytes:
+            if not isinstance(folder, Path):
+                return b"free"
+            file = stack.enter_context(open(folder / ".lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return b""
+            except OSError:  # a file system without locks
+                pass
+            return b"free"
+
+        if not multihost.agree(lock):
+            raise SealError(f"{folder}: another run is at work there")
+        yield
 
 
 def append(file: Path, rows: Iterable[Record]) -> None:
@@ -164,25 +200,31 @@ class Metrics:
         self._step += 1
 
 
+def check_trackers(kinds: Sequence[str]) -> None:
+    """Raises SealError for a tracker that is not installed."""
+    for kind in kinds:
+        if importlib.util.find_spec(_MODULES[kind]) is None:
+            raise SealError(f"trackers: {kind} is not installed: pip install seal_jax[{kind}]")
+
+
+_MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
 def _tracker(kind: str, folder: Path, name: str):
     """Returns a function (step, scalars) that feeds a tracker."""
-    try:
-        if kind == "tensorboard":
-            import tensorboardX
+    check_trackers([kind])
+    if kind == "tensorboard":
+        import tensorboardX
 
-            writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+        writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
 
-            def to_tensorboard(step: int, scalars: dict[str, float]) -> None:
-                for key, value in scalars.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
+        def to_tensorboard(step: int, scalars: dict[str, float]) -> None:
+            for key, value in scalars.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-            return to_tensorboard
-        import wandb
+        return to_tensorboard
+    import wandb
 
-        run = wandb.init(project="seal_jax", name=name, dir=str(folder))
-        return lambda step, scalars: run.log(scalars, step=step)
-    except ImportError as error:
-        raise SealError(
-            f"trackers: {kind} is not installed: pip install seal_jax[{kind}]"
-        ) from error
+    run = wandb.init(project="seal_jax", name=name, dir=str(folder))
+    return lambda step, scalars: run.log(scalars, step=step)

@@ -21,11 +21,11 @@ def keep_compiled() -> None:
     home = os.environ.get("SEAL_JAX_CACHE")
     if home == "":
         return
-    folder = Path(home or "~/.cache/seal_jax").expanduser() / "compiled"
     try:
+        folder = Path(home or "~/.cache/seal_jax").expanduser() / "compiled"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-    except OSError:
+    except (OSError, RuntimeError):
         return  # no home to write to: compile anew each time
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -23,7 +23,11 @@ _NEWER = "state"  # where Orbax's newer interface puts a tree within its folder
 def save_tree(folder: files.AnyPath, tree: Any) -> None:
     """Writes a pytree of arrays; the folder appears when it is complete."""
     if jax.process_count() == 1:
-        ocp.save(_absolute(folder), tree)
+        try:
+            ocp.save(_absolute(folder), tree)
+        except (ValueError, OSError) as error:
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise SealError(f"{folder}: cannot be saved: {text[0]}") from error
         return
     # Leaf by leaf: one is whole on the devices at a time.
     whole = jax.tree.map(lambda x: _to_leader(x), tree)

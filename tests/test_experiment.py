@@ -1,5 +1,6 @@
 """Whole runs on the tiny world: killed and resumed, and through the command line."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -65,6 +66,41 @@ def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
         assert (home / "policy").is_dir()
     table = json.loads((folder / "eval" / "table.json").read_text())
     assert table["oracle"]["n"] == 6 and table["oracle"]["se"] >= 0
+
+
+def test_a_finished_run_comes_by_again_and_adds_nothing(whole):
+    before = {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))}
+    assert main(command(whole[0], *SMALL)[3:]) == 0
+    assert {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))} == before
+
+
+def test_a_run_in_a_bucket_never_becomes_a_folder_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    none = ["outer.rounds=0", "evaluation.contexts=0", "outer.control=false"]
+    path = "nosuch://BUCKET/runs/x"  # as gs:// where nothing serves it
+    assert main([*command(path, *none)[3:]]) == 2
+    assert "nosuch" in capsys.readouterr().err
+    assert main(["adapt", str(ROOT / "configs" / "tiny_world.yaml"), "--out", "gs://b/a"]) == 2
+    assert "must be on this machine's disk" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_with_a_place_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(command(place, *SMALL)[3:]) == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err
+    missing = ["trackers=[wandb]"] if importlib.util.find_spec("wandb") is None else []
+    if missing:  # says so before there is a folder
+        assert main(command(tmp_path / "run", *SMALL, *missing)[3:]) == 2
+        assert "wandb is not installed" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+
+
+def test_output_that_nobody_reads_is_no_error():
+    shell = f"{sys.executable} -m seal_jax --help | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() in ("0", "141") and "Traceback" not in done.stderr
 
 
 def test_a_policy_is_exported_as_a_model_folder(whole, tmp_path, capsys):
@@ -190,8 +226,12 @@ def test_adapt_configures_a_puzzle_and_tests_what_it_did(tmp_path, capsys):
 
 def test_settings_may_stand_before_or_after_options(tmp_path, capsys):
     config = str(ROOT / "configs" / "tiny_world.yaml")
-    for words in (["inner.epoch=3", "--run", "x=1"], ["--run", "x=1", "inner.epoch=3"]):
-        assert main(["run", config, *words]) == 2
+    for words in (
+        [config, "inner.epoch=3", "--run", "x=1"],
+        [config, "--run", "x=1", "inner.epoch=3"],
+        ["--run", "x=1", config, "inner.epoch=3"],
+    ):
+        assert main(["run", *words]) == 2
         assert "did you mean 'inner.epochs'" in capsys.readouterr().err
 
 

@@ -61,3 +61,34 @@ def test_scalars_go_to_a_file_and_to_tensorboard(tmp_path):
     (row,) = runs.records(tmp_path / "metrics.jsonl")
     assert (row["stage"], row["reward"]) == ("x", 0.5)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_folder_that_was_not_begun_is_begun(tmp_path):
+    (tmp_path / "environment.json").write_text("{")
+    (tmp_path / ".config.yaml.partial").write_text("half")
+    cfg = config.load_config(None)
+    assert runs.open_run(cfg, tmp_path) == tmp_path
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_run_may_go_on_with_other_chunks_and_trackers(tmp_path):
+    runs.open_run(config.load_config(None), tmp_path / "run")
+    for change in ("inner.chunk=3", "sampling.chunk=8", "answers.chunk=8", "trackers=[wandb]"):
+        runs.open_run(config.load_config(None, [change]), tmp_path / "run")
+    with pytest.raises(SealError, match="inner.epochs"):
+        runs.open_run(config.load_config(None, ["inner.epochs=3"]), tmp_path / "run")
+
+
+def test_two_runs_are_not_at_work_in_one_folder(tmp_path):
+    with runs.alone(tmp_path):
+        with pytest.raises(SealError, match="another run is at work there"):
+            with runs.alone(tmp_path):
+                pass
+    with runs.alone(tmp_path):
+        pass
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n3\n')
+    with pytest.raises(SealError, match="line 2: not a record"):
+        runs.records(tmp_path / "x.jsonl")

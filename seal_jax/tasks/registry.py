@@ -45,7 +45,7 @@ def load_task(
     module, _, factory = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), factory)(settings)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise SealError(f"task.name={name!r}: cannot be loaded: {error}") from error
     if not isinstance(made, Task):
         raise SealError(f"task.name={name!r}: the factory returned {type(made).__name__}, no Task")
