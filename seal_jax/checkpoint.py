@@ -276,8 +276,7 @@ def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
     which transformers would round them. The folder appears complete or not at all.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SealError(f"{folder}: already there and not empty; nothing was written")
+    files.check_free(folder)
     work = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

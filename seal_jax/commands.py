@@ -157,11 +157,11 @@ def adapt(arguments: list[str]) -> None:
 def pretrain(arguments: list[str]) -> None:
     """Trains a built-in model."""
     chosen = _parse(Pretrain, "pretrain", arguments)
+    from seal_jax import files
     from seal_jax.tiny import pretrain as pretrain_lib
 
     folder = chosen.out or Path(chosen.name)
-    if folder.exists() and any(folder.iterdir()):
-        raise SealError(f"{folder}: already there and not empty")
+    files.check_free(folder)
     train, usual, one_step = {
         "tiny-world": (
             pretrain_lib.tiny_world,

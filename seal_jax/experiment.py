@@ -169,16 +169,15 @@ def one_round(
     trained = outer.train_policy(models.load(policy), kept, home / "policy", key, cfg)
     summary = summarise(scored, kept, base, rows)
     runs.write_json(home / "summary.json", summary)
-    if over:
-        return home / "policy" if trained else policy, summary
-    metrics.log(
-        stage=f"round_{number}",
-        write_s=round(wrote - start, 2),
-        test_s=round(tested - wrote, 2),
-        finetune_s=round(time.monotonic() - tested, 2),
-        reward=summary["reward"]["mean"],
-        reward_kept=summary["reward_kept"]["mean"] if kept else 0.0,
-    )
+    if not over:
+        metrics.log(
+            stage=f"round_{number}",
+            write_s=round(wrote - start, 2),
+            test_s=round(tested - wrote, 2),
+            finetune_s=round(time.monotonic() - tested, 2),
+            reward=summary["reward"]["mean"],
+            reward_kept=summary["reward_kept"]["mean"] if kept else 0.0,
+        )
     return home / "policy" if trained else policy, summary
 
 

@@ -55,6 +55,12 @@ def read(file: AnyPath) -> bytes | None:
     return data[1:] if data else None
 
 
+def check_free(folder: Path) -> None:
+    """Raises SealError where something stands in the way of a new folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SealError(f"{folder}: already there and not empty; nothing was written")
+
+
 def make_folder(folder: AnyPath) -> None:
     """Makes a folder and those above it."""
     if multihost.leads():

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from seal_jax import checkpoint, dims
+from seal_jax import checkpoint, dims, files
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.lora import PROJECTIONS, Adapter, check_single
@@ -60,8 +60,7 @@ def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config) -> P
     """
     folder = Path(folder)
     check_single(adapter)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SealError(f"{folder}: already there and not empty; nothing was written")
+    files.check_free(folder)
     tensors = {}
     for target, a in adapter.a.items():
         for part, value in (("A", a), ("B", adapter.b[target])):

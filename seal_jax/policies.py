@@ -71,8 +71,7 @@ def export(run: str | Path, folder: Path, name: str | None = None) -> Path:
     if name not in known:
         there = ", ".join(known) or "none"
         raise SealError(f"{home}: no policy {name or 'of a round'} there (there is: {there})")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SealError(f"{folder}: already there and not empty; nothing was written")
+    files.check_free(folder)
     lm = checkpoint.load_model(cfg.model)
     params = state.load_tree(home / name / "policy", lm.params)
     return checkpoint.save_hf(lm._replace(params=params), folder)
