@@ -115,6 +115,13 @@ def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
         edit = task.edit(written.context, written.text)
     except SelfEditError as error:
         return Candidate((), settings.learning_rate, 0, name, str(error))
+    return candidate(edit, name, tokenizer, eos_id, settings)
+
+
+def candidate(
+    edit: Edit, name: int, tokenizer: Any, eos_id: int, settings: config_lib.Inner
+) -> Candidate:
+    """Returns what an edit trains on; nothing, where it asks for more steps than allowed."""
     texts = tuple(tokenize(edit, tokenizer, eos_id, settings))
     rate = settings.learning_rate if edit.learning_rate is None else edit.learning_rate
     epochs = settings.epochs if edit.epochs is None else edit.epochs

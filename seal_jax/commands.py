@@ -35,6 +35,26 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Eval:
+    """One of the paper's settings on a model or policy: single passages, continued pretraining on
+    many at once (cpt), or continual self-edits, each merged.
+
+    Goes on where it stopped if the folder holds an unfinished one with the same settings.
+
+    Example: seal-jax eval configs/tiny_world.yaml single evaluation.policy=runs/x/round_1/policy
+    """
+
+    config: tyro.conf.Positional[Path]
+    """YAML file of settings."""
+    setting: tyro.conf.Positional[Literal["single", "cpt", "continual"]]
+    """Which one."""
+    overrides: Overrides = field(default=())
+    """Changed settings, such as evaluation.self_edits=passage."""
+    run: str | None = None
+    """Folder of records, also in a bucket (gs://...); by default runs/NAME-SETTING."""
+
+
+@dataclass(frozen=True)
 class Adapt:
     """Teach the model one passage: self-edits, adapters, and answers before and after.
 
@@ -107,18 +127,31 @@ class Export:
     """Such as round_0 or control/round_1; by default that of the last round."""
 
 
+@dataclass(frozen=True)
+class Report:
+    """One HTML file of a run's figures, tables and self-edits; also of one that goes on.
+
+    Example: seal-jax report runs/tiny_world
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run or an evaluation."""
+    out: str | None = None
+    """The file; by default report.html in the folder."""
+
+
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
 
 
 def _parse(kind: type, name: str, arguments: list[str]):
-    """Returns the parsed arguments; key=value may stand anywhere after the configuration."""
+    """Returns the parsed arguments; key=value may stand anywhere."""
     option = lambda word: word.startswith("-")
     values = {i + 1 for i, word in enumerate(arguments) if option(word) and "=" not in word}
     free = [i for i, word in enumerate(arguments) if i not in values and not option(word)]
     changes = [i for i in free if _OVERRIDE.match(arguments[i])]
-    first = next((i for i in free if i not in changes), -1)  # the configuration
+    last = next((i for i in reversed(free) if i not in changes), -1)  # that has a place of its own
     order = [i for i in range(len(arguments)) if i not in changes]
-    at = order.index(first) + 1 if first >= 0 else 0
+    at = order.index(last) + 1 if last >= 0 else 0
     arguments = [arguments[i] for i in order[:at] + changes + order[at:]]
     return tyro.cli(kind, prog=f"seal-jax {name}", args=arguments, description=kind.__doc__)
 
@@ -142,6 +175,16 @@ def run(arguments: list[str]) -> None:
 
     cfg = config.load_config(chosen.config, chosen.overrides)
     experiment.print_report(experiment.run(cfg, chosen.run))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Tests a model or policy in one of the paper's settings."""
+    chosen = _parse(Eval, "eval", arguments)
+    from seal_jax import config
+    from seal_jax.evals import study
+
+    cfg = config.load_config(chosen.config, chosen.overrides)
+    study.print_study(study.run(cfg, chosen.setting, chosen.run))
 
 
 def adapt(arguments: list[str]) -> None:
@@ -218,11 +261,21 @@ def export(arguments: list[str]) -> None:
     print(policies.export(chosen.run, chosen.folder, chosen.policy))
 
 
+def report(arguments: list[str]) -> None:
+    """Writes a run's records as one HTML file."""
+    chosen = _parse(Report, "report", arguments)
+    from seal_jax import report as report_lib
+
+    print(report_lib.write(chosen.run, chosen.out))
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "run": run,
+    "eval": evaluate,
     "adapt": adapt,
     "pretrain": pretrain,
     "plan": plan,
+    "report": report,
     "export": export,
 }
 

@@ -140,16 +140,43 @@ class Outer:
 
 
 @dataclass(frozen=True)
+class Cpt:
+    """Continued pretraining: one model trained on the self-edits of all contexts."""
+
+    method: Literal["lora", "full"] = "lora"
+    """An adapter as `lora` says, or all weights; `inner` says how."""
+    questions: Count = 0
+    """Ask a sample of this size; 0 asks all."""
+
+
+@dataclass(frozen=True)
+class Continual:
+    """Passages one after the other, each adapter merged."""
+
+    sequences: Positive = 8
+    """Drawn from the contexts, each for itself."""
+    length: Positive = 8
+    """Passages of a sequence."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The table at the end of a run, on held-out contexts."""
+    """The table at the end of a run, and the command `eval`, on held-out contexts."""
 
     contexts: Count = 0
-    """Held-out contexts; 0 evaluates nothing."""
+    """Held-out contexts; with 0 a run evaluates nothing, and `eval` all of them."""
     seeds: Positive = 1
     n: Positive = 1
     """Self-edits written for each held-out context."""
     references: tuple[str, ...] | None = None
     """Reference self-edits to compare with, by name; null takes all that the task has."""
+    policy: str | None = None
+    """What `eval` tests, such as runs/x/round_1/policy; null is the model itself."""
+    self_edits: str = "own"
+    """What `eval` applies: own (the policy writes them), file (they came with the contexts), or the
+    task's reference of this name, such as passage."""
+    cpt: Cpt = Cpt()
+    continual: Continual = Continual()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The table on held-out contexts: each condition's mean reward, asked without the context."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from seal_jax import outer, runs, stats
@@ -7,7 +8,7 @@ from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
 from seal_jax.policies import Policies, Saved
 from seal_jax.table import Row
-from seal_jax.tasks import Task
+from seal_jax.tasks import Context, Task
 
 
 def evaluate(
@@ -28,12 +29,7 @@ def evaluate(
     bare = outer.base_rewards(models.load(None), task, contexts, home / "base.jsonl", cfg)
     rows = [Row("base", tuple(bare), len(bare))]
     for name in _references(cfg, task):
-        texts = [(context, task.references[name](context)) for context in contexts]
-        edits = [
-            SelfEdit(context, i, text)
-            for context, made in texts
-            for i, text in enumerate([made] if isinstance(made, str) else made)
-        ]
+        edits = reference_edits(task, name, contexts)
         rows.append(_row(name, models.load(None), task, edits, home, cfg, metrics))
     for name, policy in policies.items():
         file = home / f"{_slug(name)}.edits.jsonl"
@@ -52,6 +48,16 @@ def evaluate(
         },
     )
     return rows
+
+
+def reference_edits(task: Task, name: str, contexts: Sequence[Context]) -> list[SelfEdit]:
+    """Returns the task's reference self-edits of this name, one or several for each context."""
+    texts = [(context, task.references[name](context)) for context in contexts]
+    return [
+        SelfEdit(context, i, text)
+        for context, made in texts
+        for i, text in enumerate([made] if isinstance(made, str) else made)
+    ]
 
 
 def _references(cfg: Config, task: Task) -> list[str]:

@@ -201,11 +201,15 @@ def base_rewards(
     found = {row["context"]: row["reward"] for row in runs.records(file)}
     if any(context.id not in found for context in contexts):
         scores = rewards.score(readers.ready(lm, cfg.mesh), None, task, contexts, cfg)
+        each = zip(contexts, scores.reward, scores.verdicts, scores.answers, strict=True)
         rows = [
-            {"context": context.id, "reward": float(reward), "answers": answers}
-            for context, reward, answers in zip(
-                contexts, scores.reward, scores.answers, strict=True
-            )
+            {
+                "context": context.id,
+                "reward": float(reward),
+                "verdicts": [int(v) for v in verdicts],
+                "answers": answers,
+            }
+            for context, reward, verdicts, answers in each
         ]
         runs.write_lines(file, rows)
         found = {row["context"]: row["reward"] for row in runs.records(file)}

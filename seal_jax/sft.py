@@ -50,7 +50,8 @@ def finetune(
     if not np.isfinite(losses).all():
         raise SealError(
             f"finetuning diverged: the loss is not finite at step "
-            f"{int(np.argmin(np.isfinite(losses)))}; lower outer.sft.learning_rate"
+            f"{int(np.argmin(np.isfinite(losses)))}; lower its learning rate, "
+            f"{settings.learning_rate:g}"
         )
     return params, losses
 

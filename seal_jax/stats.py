@@ -30,8 +30,9 @@ class Estimate(NamedTuple):
 
 
 def from_record(record: Mapping[str, float | int | None]) -> Estimate:
-    """Returns the estimate of a record."""
-    return Estimate(**{k: math.nan if v is None else v for k, v in record.items()})
+    """Returns the estimate of a record, whatever else is in it."""
+    found = {name: record[name] for name in Estimate._fields}
+    return Estimate(**{k: math.nan if v is None else v for k, v in found.items()})
 
 
 class Interval(NamedTuple):

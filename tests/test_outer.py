@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import seal_jax as seal
-from seal_jax import config, outer
+from seal_jax import config, outer, runs
 from seal_jax.errors import SealError
 from seal_jax.outer import Scored
 
@@ -116,3 +116,14 @@ def test_a_rate_of_zero_changes_nothing(tiny):
 def test_nothing_kept_is_an_error_for_finetune(tiny):
     with pytest.raises(SealError, match="no self-edit was kept"):
         outer.finetune(tiny[0], [], config.Sft(), jax.random.key(0))
+
+
+def test_self_edits_of_a_broken_model_are_recorded_as_json(tiny, tmp_path):
+    """Log-probabilities that are no numbers become null: a run can be read again."""
+    lm, task = tiny
+    broken = lm._replace(params=lm.params.replace(norm=np.nan * lm.params.norm))
+    cfg = config.Config(sampling=config.Sampling(max_tokens=4))
+    file = tmp_path / "edits.jsonl"
+    outer.write_edits(broken, task, task.contexts[:1], 2, file, jax.random.key(0), cfg)
+    assert "NaN" not in file.read_text()
+    assert [row["logprob"] for row in runs.records(file)] == [None, None]

@@ -35,3 +35,21 @@ def test_flags_that_come_too_late_are_refused(monkeypatch):
     with pytest.raises(SealError, match="compiler.libtpu_flags: JAX has started already"):
         runtime.set_flags(config.Compiler(libtpu_flags=("--xla_tpu_x=1",)))
     assert "LIBTPU_INIT_ARGS" not in os.environ
+
+
+@pytest.mark.parametrize("home", ["", "/dev/null"])
+def test_without_a_home_programs_are_compiled_anew_and_nothing_fails(home):
+    """No home directory at all, or one that cannot be written to."""
+    code = (
+        "import pathlib, jax\nfrom seal_jax import runtime\n"
+        "def none(): raise RuntimeError('Could not determine home directory.')\n"
+        f"pathlib.Path.expanduser = lambda path: path if {home!r} else none()\n"
+        "runtime.keep_compiled()\nprint(jax.config.jax_compilation_cache_dir)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment["SEAL_JAX_CACHE"] = home and f"{home}/seal"
+    if not home:
+        del environment["SEAL_JAX_CACHE"]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"

@@ -3,9 +3,11 @@
 import chex
 import jax
 import jax.numpy as jnp
+import pytest
 import toys
 
 from seal_jax import model, state
+from seal_jax.errors import SealError
 
 CONFIG = toys.config("qwen2", n_layers=2)
 
@@ -31,3 +33,10 @@ def test_a_tree_bound_to_a_device_is_restored_there(tmp_path):
     restored = state.load_tree(tmp_path / "tree", tree)
     chex.assert_trees_all_equal(restored, tree)
     assert restored["a"].committed and restored["a"].devices() == {device}
+
+
+def test_what_cannot_be_saved_is_a_sentence_and_leaves_no_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SealError, match="policy: cannot be saved"):
+        state.save_tree(tmp_path / "file" / "policy", {"a": jnp.arange(3.0)})
+    assert (tmp_path / "file").read_text() == "mine"

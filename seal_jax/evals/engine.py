@@ -1,0 +1,102 @@
+"""What the evaluations ask of a language model, done in this process: answer, judge, be edited."""
+
+import json
+from collections.abc import Sequence
+
+import jax
+
+from seal_jax import batching, checkpoint, inner, lora, multihost, readers, sampling, sft, sharding
+from seal_jax.batching import identity
+from seal_jax.checkpoint import LM
+from seal_jax.config import Config, Sft
+from seal_jax.errors import SealError
+from seal_jax.evals import inner_loop
+from seal_jax.evals.inner_loop import Asked
+from seal_jax.tasks import Edit, Example, Task
+
+
+def answer(lm: LM, prompts: Sequence[str], cfg: Config) -> list[str]:
+    """Returns the greedy answer to each prompt."""
+    if not prompts:
+        return []
+    settings = cfg.answers
+    rows = [sampling.encode(lm, prompt) for prompt in prompts]
+    (out,) = sampling.decode(
+        lm, [rows], max_tokens=settings.max_tokens, chunk=settings.chunk, logprobs=False
+    )
+    return [sampling.text(lm, one[0]) for one in out]
+
+
+def write(lm: LM, prompts: Sequence[str], key: jax.Array, cfg: Config) -> list[str]:
+    """Returns a self-edit for each prompt, drawn by a key of the prompt's own."""
+    settings = cfg.sampling
+    rows = [sampling.encode(lm, prompt) for prompt in prompts]
+    (out,) = sampling.decode(
+        lm,
+        [rows],
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        key=key,
+        ids=[[identity(prompt) for prompt in prompts]],
+        chunk=settings.chunk,
+        logprobs=False,
+    )
+    return [sampling.text(lm, one[0]) for one in out]
+
+
+def verdicts(task: Task, asked: Sequence[Asked], answers: Sequence[str]) -> tuple[bool, ...]:
+    """Returns the verdict on each answer; of several processes the first one asks the judge."""
+    found = multihost.agree(
+        lambda: json.dumps(
+            [bool(right) for right in inner_loop.verdicts(task, asked, answers)]
+        ).encode()
+    )
+    return tuple(json.loads(found))
+
+
+def pretrain(lm: LM, texts: Sequence[str], key: jax.Array, cfg: Config) -> LM:
+    """Returns the model trained on all texts, by `cfg.evaluation.cpt.method` and `cfg.inner`."""
+    settings = Sft(
+        method=cfg.evaluation.cpt.method,
+        lora=cfg.lora,
+        learning_rate=cfg.inner.learning_rate,
+        epochs=cfg.inner.epochs,
+        batch_size=cfg.inner.batch_size,
+        schedule=cfg.inner.schedule,
+        warmup_steps=cfg.inner.warmup_steps,
+        weight_decay=cfg.inner.weight_decay,
+        clip=cfg.inner.clip,
+        max_length=cfg.inner.max_length,
+    )
+    params, _ = sft.finetune(lm, [("", text) for text in texts], settings, key)
+    return lm._replace(params=params, reader=None)
+
+
+def edit(lm: LM, texts: Sequence[str], name: int, key: jax.Array, cfg: Config) -> LM:
+    """Returns the model after one inner loop on these texts, its adapter merged.
+
+    Args:
+      name: 32 bits; the adapter's beginning depends on key and name alone.
+
+    Raises:
+      SealError: where the loss is not finite: nothing could follow on such a model.
+    """
+    end = checkpoint.eos(lm)
+    made = Edit(tuple(Example(text) for text in texts))
+    candidate = batching.candidate(made, name, lm.tokenizer, end, cfg.inner)
+    batch = batching.Batch((candidate,), cfg.inner, end)
+    adapters, losses = inner.adapt_many(readers.readable(lm), batch, key, cfg)
+    if inner.diverged(batch, losses)[0]:
+        raise SealError(
+            f"an inner loop diverged; lower inner.learning_rate, {cfg.inner.learning_rate:g}"
+        )
+    mesh = sharding.of(lm.params)
+    adapter = lora.take(adapters, 0)
+    if mesh is not None:
+        adapter = sharding.share(sharding.fetch(adapter), mesh)
+    with sharding.use(mesh):
+        params = lora.merge(lm.params, adapter)
+    if mesh is not None:
+        params = sharding.place(params, jax.tree.map(lambda x: x.sharding, lm.params))
+    return readers.ready(lm._replace(params=params, reader=None), cfg.mesh)

@@ -1,0 +1,221 @@
+"""The paper's three settings on the tiny world: trained, answered and recorded for real."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from seal_jax import batching, checkpoint, config, experiment, runs, state
+from seal_jax.__main__ import main
+from seal_jax.errors import SealError
+from seal_jax.evals import study
+from seal_jax.formats import continual as continual_file
+from seal_jax.formats import cpt as cpt_file
+from seal_jax.formats import results
+
+CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny_world.yaml")
+SMALL = [
+    "outer.control=false",
+    "outer.rounds=0",
+    "sampling.max_tokens=32",
+    "sampling.chunk=8",
+    "inner.epochs=4",
+    "inner.chunk=4",
+    "evaluation.contexts=4",
+]
+
+
+def settings(*overrides):
+    return config.load_config(CONFIG, [*SMALL, *overrides])
+
+
+def rows_of(made):
+    return {row.name: list(row.rewards) for row in made.rows}
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json*")}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """An evaluation of single passages, through the command line."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    words = ["eval", CONFIG, *SMALL, "single", "evaluation.n=2", "--run", str(folder)]
+    assert main(words) == 0
+    return folder
+
+
+def test_single_passages_are_the_table_of_a_run_without_rounds(tmp_path):
+    report = experiment.run(settings(), tmp_path / "run")
+    table = {row.name: list(row.rewards) for row in report.table}
+    own = rows_of(study.run(settings(), "single", tmp_path / "own"))
+    assert own == {"no self-edit": table["base"], "own self-edits": table["own self-edits"]}
+    passage = settings("evaluation.self_edits=passage")
+    made = rows_of(study.run(passage, "single", tmp_path / "passage"))
+    assert made == {"no self-edit": table["base"], "passage self-edits": table["passage"]}
+
+
+def test_the_result_file_is_the_reference_s_and_says_what_the_summary_says(single):
+    content = results.read(single / "eval" / "single" / "result.json")
+    assert results.recompute(content, from_questions=True) == content["overall"]
+    assert [len(article["completions"]) for article in content["articles"]] == [2] * 4
+    summary = json.loads((single / "eval" / "single" / "summary.json").read_text())
+    assert content["overall"]["adapter_mean_accuracy"] == pytest.approx(
+        summary["own self-edits"]["mean"], abs=1e-4
+    )
+    assert summary["own self-edits"]["trials"] == 8 and summary["own self-edits"]["se"] >= 0
+    assert summary["own self-edits"]["gain"]["mean"] == pytest.approx(
+        summary["own self-edits"]["mean"] - summary["no self-edit"]["mean"]
+    )
+
+
+def test_an_interrupted_evaluation_ends_with_the_same_files(single, tmp_path):
+    whole = files_of(single)
+    folder = tmp_path / "run"
+    home = folder / "eval" / "single"
+    home.mkdir(parents=True)
+    for name in ("config.yaml", "environment.json"):
+        (folder / name).write_bytes((single / name).read_bytes())
+    for name, keep in (("base.jsonl", 4), ("edits.jsonl", 5), ("rewards.jsonl", 3)):
+        lines = (single / "eval" / "single" / name).read_text().splitlines(keepends=True)
+        (home / name).write_text("".join(lines[:keep]) + '{"context": "to')
+    study.run(settings("evaluation.n=2"), "single", folder)
+    ended = files_of(folder)
+    assert set(ended) == set(whole)
+    for name in set(whole) - {Path("metrics.jsonl")}:
+        assert ended[name] == whole[name], name
+
+
+def test_a_policy_is_tested_and_edited_in_place_of_the_model(single, tmp_path):
+    """A policy that is the model scores as the model; one whose head is turned round does not."""
+    lm = checkpoint.load_model("tiny-world")
+    other = lm.params.replace(norm=-lm.params.norm)
+    for name, params in (("same", lm.params), ("other", other)):
+        state.save_tree(tmp_path / name, params)
+    before = json.loads((single / "eval" / "single" / "summary.json").read_text())
+    scores = {}
+    for name in ("same", "other"):
+        chosen = settings("evaluation.n=2", f"evaluation.policy={tmp_path / name}")
+        scores[name] = rows_of(study.run(chosen, "single", tmp_path / f"run_{name}"))
+    assert scores["same"] == {name: before[name]["rewards"] for name in scores["same"]}
+    assert scores["other"] != scores["same"]
+
+
+def test_self_edits_that_came_with_the_passages_are_applied(tmp_path):
+    file = tmp_path / "passages.json"
+    asked = [{"question": "Who leads Arlen?", "answer": "Ida"}]
+    file.write_text(
+        json.dumps(
+            [
+                {"title": "A", "context": "P.", "questions": asked, "completions": ["x", "y\nz"]},
+                {"title": "B", "context": "Q.", "questions": asked, "completion": "w"},
+            ]
+        )
+    )
+    squad = ["task.name=squad", f"task.path={file}", "task.style=implications"]
+    chosen = settings(
+        *squad, "evaluation.self_edits=file", "evaluation.n=2", "evaluation.contexts=0"
+    )
+    study.run(chosen, "single", tmp_path / "run")
+    content = results.read(tmp_path / "run" / "eval" / "single" / "result.json")
+    texts = {a["title"]: [c["text"] for c in a["completions"]] for a in content["articles"]}
+    assert texts == {"A": ["x", "y\nz"], "B": ["w"]}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_one_training_on_the_self_edits_of_all_passages_teaches_all(tmp_path, method):
+    """Continued pretraining on the oracle's self-edits; a second call trains nothing again."""
+    chosen = settings(
+        "evaluation.self_edits=oracle",
+        "inner.epochs=8",
+        "inner.batch_size=8",
+        f"inner.learning_rate={'3e-3' if method == 'lora' else '1e-3'}",
+        f"evaluation.cpt.method={method}",
+    )
+    folder = tmp_path / "run"
+    made = study.run(chosen, "cpt", folder)
+    before, after = (row.estimate.mean for row in made.rows)
+    assert after > before + 0.2
+    file = folder / "eval" / "cpt" / "result.json"
+    content = cpt_file.read(file)
+    assert content["overall"] == cpt_file.overall(content["server_reply"])
+    assert content["eval_questions"] == 60 and len(content["per_article"]) == 4
+    stamp = (folder / "eval" / "cpt" / "policy").stat().st_mtime_ns
+    again = study.run(chosen, "cpt", folder)
+    assert rows_of(again) == rows_of(made)
+    assert (folder / "eval" / "cpt" / "policy").stat().st_mtime_ns == stamp
+
+
+def test_continual_edits_stay_in_the_model_and_are_recorded_sequence_by_sequence(tmp_path):
+    chosen = settings(
+        "evaluation.self_edits=oracle",
+        "inner.epochs=10",
+        "evaluation.continual.sequences=3",
+        "evaluation.continual.length=2",
+    )
+    folder = tmp_path / "run"
+    made = study.run(chosen, "continual", folder)
+    rows = rows_of(made)
+    file = folder / "eval" / "continual" / "sequences.jsonl"
+    records = runs.records(file)
+    for i, record in enumerate(records):
+        (a, b), (first, zero), last = record["matrix"]
+        assert zero == 0.0 and len(set(record["contexts"])) == 2
+        assert rows["before"][i] == pytest.approx((a + b) / 2)
+        assert rows["right after its edit"][i] == pytest.approx((first + last[1]) / 2)
+        assert rows["all, at the end"][i] == pytest.approx(sum(last) / 2)
+    before, own, end = (sum(values) / 3 for values in rows.values())
+    assert own > before + 0.3 and end > before + 0.1  # the first passage is not all forgotten
+    content = continual_file.read(folder / "eval" / "continual" / "result.json")
+    assert content["n_sequences"] == 3
+    # One that was killed after the first sequence ends with the same records.
+    whole = file.read_text()
+    file.write_text(whole.splitlines(keepends=True)[0])
+    assert rows_of(study.run(chosen, "continual", folder)) == rows
+    assert file.read_text() == whole
+
+
+def test_continual_self_edits_are_written_by_the_edited_model(tmp_path):
+    """The first self-edit of a sequence is the base model's; the second that of its edited one."""
+    chosen = settings(
+        "inner.learning_rate=5e-2",
+        "evaluation.continual.sequences=1",
+        "evaluation.continual.length=2",
+    )
+    still = dataclasses.replace(chosen, inner=dataclasses.replace(chosen.inner, learning_rate=0.0))
+    texts = []
+    for name, cfg in (("edited", chosen), ("still", still)):
+        study.run(cfg, "continual", tmp_path / name)
+        (record,) = runs.records(tmp_path / name / "eval" / "continual" / "sequences.jsonl")
+        texts.append(record["self_edits"])
+    assert texts[0][0] == texts[1][0] and texts[0][1] != texts[1][1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "overrides", "words"),
+    [
+        ("single", ["evaluation.self_edits=nosuch"], "own, file, passage, oracle"),
+        ("single", ["evaluation.contexts=1000"], "evaluation.contexts=1000: the task has 200"),
+        ("single", ["evaluation.policy=nosuch/policy"], "evaluation.policy: nosuch/policy"),
+        ("continual", ["evaluation.continual.length=5"], "evaluation.continual.length=5"),
+        ("cpt", ["inner.pad_loss=true"], "inner.pad_loss=true"),
+        ("cpt", ["task.name=tiny-grids"], "eval cpt: needs passages"),
+        ("twice", [], "'twice' is unknown"),
+    ],
+)
+def test_settings_that_do_not_fit_leave_no_folder(tmp_path, setting, overrides, words):
+    with pytest.raises(SealError, match=words):
+        study.run(settings(*overrides), setting, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_edit_that_diverges_is_an_error_not_a_model():
+    from seal_jax.evals import engine
+
+    lm = checkpoint.load_model("tiny-world")
+    cfg = settings("inner.learning_rate=1e30", "inner.clip=0", "inner.epochs=20")
+    with pytest.raises(SealError, match="diverged; lower inner.learning_rate"):
+        engine.edit(lm, ["a b c"], batching.identity("x"), jax.random.key(0), cfg)
