@@ -130,6 +130,19 @@ def test_two_processes_leave_the_records_of_one(home, alone):
     assert "write self-edits" in texts[0] and "write self-edits" not in texts[1]
 
 
+@pytest.mark.parametrize("setting", ["single", "cpt", "continual"])
+def test_two_processes_evaluate_as_one_does(home, setting):
+    length = ["evaluation.continual.sequences=1", "evaluation.continual.length=2"]
+    words = [*settings(home, "evaluation.contexts=3", *length), setting, "--run"]
+    one, two = home / f"{setting}_one", home / f"{setting}_two"
+    assert main(["eval", *words, str(one)]) == 0
+    status, texts = ends([launch(home, ["eval", *words, str(two), *join]) for join in pair()])
+    assert status == [0, 0], texts
+    for name in ("summary.json", "result.json"):
+        file = Path("eval") / setting / name
+        assert (two / file).read_text() == (one / file).read_text(), name
+
+
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_the_other_with_a_sentence_and_a_restart_goes_on(home, alone, killed):
     folder = home / f"killed_{killed}"

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -192,6 +195,20 @@ def test_continual_self_edits_are_written_by_the_edited_model(tmp_path):
         (record,) = runs.records(tmp_path / name / "eval" / "continual" / "sequences.jsonl")
         texts.append(record["self_edits"])
     assert texts[0][0] == texts[1][0] and texts[0][1] != texts[1][1]
+
+
+def test_on_a_mesh_the_figures_are_those_of_one_device(tmp_path):
+    """Two devices share out candidates, two the heads; edits are merged into weights on all."""
+    chosen = ["evaluation.self_edits=oracle", "inner.epochs=10", "inner.batch_size=4"]
+    chosen += ["evaluation.continual.sequences=1", "evaluation.continual.length=2"]
+    one = rows_of(study.run(settings(*chosen), "continual", tmp_path / "one"))
+    words = ["eval", CONFIG, "continual", *SMALL, *chosen, "mesh.model=2"]
+    command = [sys.executable, "-m", "seal_jax", *words, "--run", str(tmp_path / "mesh")]
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run(command, env={**os.environ, **devices}, check=True)
+    file = tmp_path / "mesh" / "eval" / "continual" / "summary.json"
+    record = json.loads(file.read_text())
+    assert {name: record[name]["rewards"] for name in one} == one
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def _single(subject: _Subject, cfg: Config) -> Study:
     lm, key = subject.models.load_adapted(subject.policy), outer.key_of(cfg, "inner", "held-out")
     file = home / "rewards.jsonl"
     rows = outer.test_edits(lm, task, edits, seeds, file, key, cfg, subject.metrics)
-    if all(context.questions for context in contexts) and multihost.leads():
+    if all(context.questions for context in contexts):
         _write_single(subject, edits, rows, cfg)
     name = f"{cfg.evaluation.self_edits} self-edits"
     by_context: dict[str, dict[int, list[float]]] = {context.id: {} for context in contexts}
