@@ -84,6 +84,8 @@ class Sampling:
     temperature: Rate = 1.0
     top_p: Fraction = 0.95
     max_tokens: Positive = 8192
+    retries: Count = 3
+    """How often a self-edit that cannot be applied is written again, before it counts as none."""
     chunk: Count = 0
     """Sequences decoded together; 0 chooses by the device and its memory."""
 

@@ -167,7 +167,8 @@ def one_round(
     base = outer.base_rewards(models.load_adapted(policy), task, contexts, home / "base.jsonl", cfg)
     key = outer.key_of(cfg, "sft", number)
     trained = outer.train_policy(models.load(policy), kept, home / "policy", key, cfg)
-    summary = summarise(scored, kept, base, rows)
+    tries = [row.get("tries", 1) for row in runs.records(home / "edits.jsonl")]
+    summary = summarise(scored, kept, base, rows) | {"written_again": sum(tries) - len(tries)}
     runs.write_json(home / "summary.json", summary)
     if not over:
         metrics.log(

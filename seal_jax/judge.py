@@ -33,8 +33,7 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
     if settings.judge == "openai":
         from seal_jax import judge_openai  # lazily, as its imports would be circular
 
-        budget = judge_openai.Budget(settings.openai.max_calls)  # one for all calls of this judge
-        return lambda items: judge_openai.judge_many(items, settings.openai, budget)
+        return judge_openai.Judge(settings.openai)
     if settings.judge == "model":
         from seal_jax import judge_model
 

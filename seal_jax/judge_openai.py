@@ -5,15 +5,17 @@ A call that fails, for whatever reason, is an error and never a verdict.
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
 import email.utils
 import hashlib
 import json
 import os
 import random
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,77 +42,144 @@ class Budget:
             raise SealError(f"task.openai.max_calls={self.allowed}: all calls were made")
         self.sent += 1
 
-
-def judge_many(
-    items: Sequence[grading.Item], settings: config.OpenAI, budget: Budget | None = None
-) -> list[bool]:
-    """Returns the endpoint's verdict on each answer; blank ones are wrong and never sent.
-
-    Args:
-      items: Equal ones are asked once.
-      settings: Endpoint, model, concurrency, retries, cache.
-      budget: Shared by calls that one limit covers; None allows `settings.max_calls` to this call.
-
-    Raises:
-      SealError: no key, no client, a call that failed for good, or an exhausted budget. Verdicts
-        that came before are in the cache.
-    """
-    return grading.verdicts(
-        items, lambda answered: _ask(answered, settings, budget or Budget(settings.max_calls))
-    )
-
-
-def _ask(items: Sequence[grading.Item], settings: config.OpenAI, budget: Budget) -> list[bool]:
-    prompts = [grading.prompt(*item) for item in items]
-    verdicts = {text: _recall(_entry(text, settings)) for text in prompts}
-    missing = [text for text, verdict in verdicts.items() if verdict is None]
-    if missing:
-        left = budget.allowed - budget.sent
-        if budget.allowed and len(missing) > left:
+    def check(self, wanted: int) -> None:
+        """Raises SealError where so many more requests are not allowed."""
+        left = self.allowed - self.sent
+        if self.allowed and wanted > left:
             raise SealError(
-                f"task.openai.max_calls={budget.allowed}: {len(missing)} more calls are needed "
+                f"task.openai.max_calls={self.allowed}: {wanted} more calls are needed "
                 f"and {left} are left"
             )
-        key = os.environ.get(settings.key_variable)
-        if not key:
-            raise SealError(
-                f"task.openai: the environment variable {settings.key_variable} holds no key "
-                "(any text does for an endpoint that needs none)"
-            )
-        # A thread of its own, since a notebook's event loop already runs in this one.
-        with ThreadPoolExecutor(1) as pool:
-            found = pool.submit(asyncio.run, _converse(missing, settings, budget, key)).result()
-        verdicts.update(zip(missing, found, strict=True))
-    return [bool(verdicts[text]) for text in prompts]
 
 
-async def _converse(
-    prompts: list[str], settings: config.OpenAI, budget: Budget, key: str
-) -> list[bool]:
-    """Returns the verdict on each prompt; the first failure for good ends them all."""
+class Judge:
+    """A function from items to the endpoint's verdicts; any number of threads may call it.
+
+    They share connections, the budget, and `concurrency` requests at a time. Blank answers are
+    wrong and never sent; equal items are asked once.
+    """
+
+    def __init__(self, settings: config.OpenAI) -> None:
+        self._settings = settings
+        self._budget = Budget(settings.max_calls)
+        self._guard = threading.Lock()
+        self._asked: dict[str, asyncio.Task[bool]] = {}  # by prompt, while there is no verdict
+        self._failure = ""
+        self._loop: asyncio.AbstractEventLoop | None = None  # and with it:
+        self._thread: threading.Thread | None = None
+        self._slots: asyncio.Semaphore | None = None
+        self._client: Any = None
+
+    def __call__(self, items: Sequence[grading.Item]) -> list[bool]:
+        """Returns verdicts.
+
+        Raises:
+          SealError: no key, no client, a call that failed for good, or an exhausted budget.
+            Verdicts that came before are in the cache.
+        """
+        return grading.verdicts(items, self._ask)
+
+    def close(self) -> None:
+        """Closes the connections; the next call opens them again."""
+        with self._guard:
+            if self._loop is None:
+                return
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = None
+
+    def _ask(self, items: Sequence[grading.Item]) -> list[bool]:
+        prompts = [grading.prompt(*item) for item in items]
+        verdicts = {text: _recall(_entry(text, self._settings)) for text in prompts}
+        missing = [text for text, verdict in verdicts.items() if verdict is None]
+        if missing:
+            self._open()
+            future = asyncio.run_coroutine_threadsafe(self._converse(missing), self._loop)
+            try:
+                found = future.result()
+            except concurrent.futures.CancelledError as error:  # another thread's call failed
+                raise SealError(self._failure) from error
+            except BaseException:  # ours, or an interrupt: what is under way is not waited for
+                future.cancel()
+                raise
+            verdicts.update(zip(missing, found, strict=True))
+        return [bool(verdicts[text]) for text in prompts]
+
+    def _open(self) -> None:
+        """Makes the client, and the event loop it lives in: a notebook's own is busy."""
+        with self._guard:
+            if self._loop is None:
+                self._client = _client(self._settings)
+                self._slots = asyncio.Semaphore(self._settings.concurrency)
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+                self._thread.start()
+
+    async def _converse(self, prompts: list[str]) -> list[bool]:
+        """Returns the verdict on each prompt; the first failure for good ends them all."""
+        new = [text for text in prompts if text not in self._asked]
+        self._budget.check(len(new))
+        for text in new:
+            task = asyncio.create_task(self._one(text))
+            task.add_done_callback(lambda _, text=text: self._asked.pop(text, None))
+            self._asked[text] = task
+        tasks = [self._asked[text] for text in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException as error:
+            self._failure = str(error) or self._failure
+            for task in tasks:
+                task.cancel()
+            raise
+
+    async def _end(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._client.close()
+
+    async def _one(self, text: str) -> bool:
+        async with self._slots:
+            reply = await _reply(self._client, text, self._settings, self._budget)
+        verdict = grading.parse_yes_no(reply)
+        content = {"prompt": text, "reply": reply, "verdict": verdict}
+        _remember(_entry(text, self._settings), content)
+        return verdict
+
+
+def judge_many(items: Sequence[grading.Item], settings: config.OpenAI) -> list[bool]:
+    """Returns the verdicts of a judge that is asked once; see `Judge`."""
+    with contextlib.closing(Judge(settings)) as judge:
+        return judge(items)
+
+
+def _client(settings: config.OpenAI) -> Any:
+    """Returns the client of the endpoint.
+
+    Raises:
+      SealError: where it is not installed, or there is no key.
+    """
+    key = os.environ.get(settings.key_variable)
+    if not key:
+        raise SealError(
+            f"task.openai: the environment variable {settings.key_variable} holds no key "
+            "(any text does for an endpoint that needs none)"
+        )
     try:
         import openai
     except ImportError as error:
         raise SealError(
             'task.judge=openai needs the client: pip install "seal_jax[openai]"'
         ) from error
-    slots = asyncio.Semaphore(settings.concurrency)
-    client = openai.AsyncOpenAI(
+    return openai.AsyncOpenAI(
         api_key=key,
         base_url=settings.base_url,
         timeout=settings.timeout_s or None,
         max_retries=0,  # its own retries would escape the budget
     )
-
-    async def one(text: str) -> bool:
-        async with slots:
-            reply = await _reply(client, text, settings, budget)
-        verdict = grading.parse_yes_no(reply)
-        _remember(_entry(text, settings), {"prompt": text, "reply": reply, "verdict": verdict})
-        return verdict
-
-    async with client:
-        return await asyncio.gather(*(one(text) for text in prompts))
 
 
 async def _reply(client: Any, text: str, settings: config.OpenAI, budget: Budget) -> str:

@@ -134,6 +134,7 @@ def _edit_record(one: rewards.Written) -> runs.Record:
         "tokens": one.tokens,
         "logprob": round(one.logprob, 6) if np.isfinite(one.logprob) else None,
         "ended": one.ended,
+        "tries": one.tries,
     }
 
 

@@ -1,5 +1,6 @@
 """Self-edits written, applied and tested: what each candidate is worth."""
 
+import concurrent.futures
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,19 +22,26 @@ from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
-from seal_jax.errors import SealError
+from seal_jax.errors import SealError, SelfEditError
 from seal_jax.grammar import Grammar
 from seal_jax.lora import Adapter
 from seal_jax.tasks import Context, Grade, Task
 
 
 class Written(NamedTuple):
-    """A self-edit with how it came about: mean log-probability and whether it ended by itself."""
+    """A self-edit with how it came about.
+
+    Attributes:
+      logprob: Mean of its tokens'.
+      ended: By itself, not by the limit.
+      tries: More than 1 where those before could not be applied.
+    """
 
     edit: SelfEdit
     tokens: int
     logprob: float
     ended: bool
+    tries: int = 1
 
 
 class Scores(NamedTuple):
@@ -57,12 +65,43 @@ def write(
 ) -> list[list[Written]]:
     """Returns n self-edits for each context, drawn by the context's own key.
 
+    One that cannot be applied is written again up to `cfg.sampling.retries` times, by keys of its
+    own; the last try stays. (The reference tries for ever.)
+
     Args:
       grammar: The task's, over this model's tokens; made here if not given.
     """
-    settings = cfg.sampling
     if grammar is None and task.grammar is not None:
         grammar = sampling.constrain(lm, task.grammar)
+    draw = lambda key: _draw(lm, task, contexts, n, key, cfg, pad_to, grammar)
+    written = draw(key)
+    for attempt in range(1, cfg.sampling.retries + 1):
+        bad = [
+            (c, i)
+            for c, own in enumerate(written)
+            for i, one in enumerate(own)
+            if one.tries == attempt and not _applies(task, one.edit)
+        ]
+        if not bad:
+            break
+        # All are drawn again, in the program that there is, and the good ones left as they were.
+        again = draw(jax.random.fold_in(key, attempt))
+        for c, i in bad:
+            written[c][i] = again[c][i]._replace(tries=attempt + 1)
+    return written
+
+
+def _applies(task: Task, written: SelfEdit) -> bool:
+    try:
+        task.edit(written.context, written.text)
+    except SelfEditError:
+        return False
+    return True
+
+
+def _draw(lm, task, contexts, n: int, key, cfg, pad_to: int, grammar) -> list[list[Written]]:
+    """Returns n self-edits for each context, whatever they say."""
+    settings = cfg.sampling
     prompts = [sampling.encode(lm, task.prompt(context)) for context in contexts]
     out = sampling.decode(
         lm,
@@ -161,7 +200,7 @@ def score(
         raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")
     each = [context for context in contexts for _ in range(c // len(contexts))]
     answers = answer(lm, task, each, adapters, cfg)
-    grades = [_grade(task, context, own) for context, own in zip(each, answers, strict=True)]
+    grades = grade(task, list(zip(each, answers, strict=True)), cfg)
     return Scores(np.array([g.reward for g in grades]), answers, [g.verdicts for g in grades])
 
 
@@ -232,10 +271,11 @@ def evaluate(
 
     todo = (c for c in inner.arrange(params, batch, key) if not done(_places(c)))
     for chunk, answers, losses in streams.ordered(work, todo):
-        steps = np.asarray(chunk.slots.total_c)
+        steps, places = np.asarray(chunk.slots.total_c), _places(chunk)
+        pairs = [(edits[i].context, answers[j]) for j, i in enumerate(places)]
         outcomes = [
-            _outcome(task, edits[i], i, answers[j], losses[j, : steps[j]], batch.candidates[i], cfg)
-            for j, i in enumerate(_places(chunk))
+            _outcome(i, own, answers[j], losses[j, : steps[j]], batch.candidates[i], cfg)
+            for j, (i, own) in enumerate(zip(places, grade(task, pairs, cfg), strict=True))
         ]
         yield outcomes, Efficiency().plus(chunk)
 
@@ -245,23 +285,38 @@ def _places(chunk: slots_lib.Chunk) -> list[int]:
     return [int(i) for i in chunk.index if i >= 0]
 
 
-def _outcome(task, edit, place, answers, losses, candidate, cfg) -> Outcome:
+def _outcome(place, graded, answers, losses, candidate, cfg) -> Outcome:
     error = candidate.error
     if not np.isfinite(losses).all():
         error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
     first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
-    grade = _grade(task, edit.context, answers)
     steps = len(losses)
     if not candidate.learning_rate or (steps == 1 and cfg.inner.warmup_steps):
         steps = 0  # at a rate of 0, which a warm-up begins with
     if not steps and not cfg.outer.reward_untrained:
-        grade = grade._replace(reward=0.0)
-    return Outcome(place, grade, answers, steps, first, last, error)
+        graded = graded._replace(reward=0.0)
+    return Outcome(place, graded, answers, steps, first, last, error)
 
 
-def _grade(task: Task, context: Context, answers: list[str]) -> Grade:
-    """Returns the grade; of several processes only the one that writes records asks the judge."""
-    return task.grade(context, answers) if multihost.leads() else Grade(0.0, ())
+def grade(
+    task: Task, pairs: Sequence[tuple[Context, list[str]]], cfg: config_lib.Config
+) -> list[Grade]:
+    """Returns the grade of each context's answers.
+
+    Of several processes only the one that writes records asks the judge. One behind an endpoint is
+    waited for, so it is asked about many at a time.
+    """
+    if not multihost.leads():
+        return [Grade(0.0, ()) for _ in pairs]
+    if cfg.task.judge != "openai" or len(pairs) < 2:
+        return [task.grade(context, answers) for context, answers in pairs]
+    with concurrent.futures.ThreadPoolExecutor(cfg.task.openai.concurrency) as pool:
+        futures = [pool.submit(task.grade, context, answers) for context, answers in pairs]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _number(value: Any) -> float | None:

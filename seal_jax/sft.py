@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, checkpoint, inner, lora, optim, sharding
+from seal_jax import batching, checkpoint, inner, lora, optim, progress, sharding
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
@@ -29,9 +29,15 @@ def finetune(
     if not edit.examples:
         raise SealError("nothing to finetune on: no self-edit was kept")
     loop = config_lib.Inner(batch_size=settings.batch_size, max_length=settings.max_length)
-    texts = tuple(batching.tokenize(edit, lm.tokenizer, checkpoint.eos(lm), loop))
+    end = checkpoint.eos(lm)
+    texts = tuple(batching.tokenize(edit, lm.tokenizer, end, loop))
+    if cut := sum(text.tokens[-1] != end for text in texts):
+        size = settings.max_length
+        progress.say(
+            f"{cut} of {len(texts)} texts are longer than {size} tokens: their ends are cut"
+        )
     one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
-    batch = batching.Batch((one,), loop, checkpoint.eos(lm))
+    batch = batching.Batch((one,), loop, end)
     (chunk,) = slots_lib.arrange(batch, 1, key)
     mesh = sharding.of(lm.params)
     slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)

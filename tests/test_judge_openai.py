@@ -1,16 +1,19 @@
 """Laws of the judge behind an endpoint, against a real server on loopback that misbehaves."""
 
+import contextlib
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 pytest.importorskip("openai")
 
-from seal_jax import config, judge, judge_openai  # noqa: E402
+from seal_jax import config, judge, judge_openai, rewards  # noqa: E402
 from seal_jax.errors import SealError  # noqa: E402
+from seal_jax.tasks import Context, Question, squad  # noqa: E402
 
 ITEMS = [("Who?", f"gold {i}", f"answer {i}") for i in range(6)]
 
@@ -37,11 +40,18 @@ class Server:
 
     def __init__(self, script):
         self.requests, self.times, self.busy, self.most_busy = [], [], 0, 0
+        self.connections = 0
         self.stopping = threading.Event()
         lock = threading.Lock()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # connections are kept, as real endpoints do
+
+            def setup(self):
+                super().setup()
+                server.connections += 1
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 prompt = body["messages"][0]["content"]
@@ -283,6 +293,60 @@ def test_the_budget_holds_for_a_judge_and_counts_retries(serve):
     with pytest.raises(SealError, match="max_calls=2"):
         judge_openai.judge_many([("Q", "gold", "other")], settings)
     assert len(server.requests) == 2
+
+
+def test_many_threads_share_the_limit_the_connections_and_equal_questions(serve):
+    """Candidates are graded side by side: never more requests at once than one of them may send."""
+
+    def slow(prompt, before):
+        time.sleep(0.02)
+        return even(prompt, before)
+
+    server, settings = serve(slow, concurrency=4)
+    groups = [[ITEMS[(i + j) % 6] for j in range(3)] for i in range(24)]
+    expected = [[EVEN[(i + j) % 6] for j in range(3)] for i in range(24)]
+    with contextlib.closing(judge_openai.Judge(settings)) as ask:
+        with ThreadPoolExecutor(24) as pool:
+            assert list(pool.map(ask, groups)) == expected
+    assert server.most_busy <= 4
+    assert len(server.requests) == len(ITEMS)
+    assert server.connections <= 4
+
+
+def test_a_call_that_fails_for_good_ends_those_of_other_threads_with_its_words(serve):
+    bad = lambda prompt: "gold 3" in prompt
+
+    def script(prompt, before):
+        time.sleep(0.1 if bad(prompt) else 0.3)
+        return failure(400) if bad(prompt) else even(prompt, before)
+
+    _, settings = serve(script, concurrency=2)
+    ask = judge_openai.Judge(settings)
+    with ThreadPoolExecutor(6) as pool:
+        futures = [pool.submit(ask, [ITEMS[3], item]) for item in ITEMS]
+        for future in futures:
+            with pytest.raises(SealError, match="status 400: .*trouble"):
+                future.result()
+    assert ask(ITEMS[:1]) == [True]  # and it can be asked again
+    ask.close()
+    assert ask(ITEMS[1:2]) == [False]
+    ask.close()
+
+
+def test_the_candidates_of_a_chunk_are_graded_side_by_side(serve):
+    """One question each, asked together: as many at once as the endpoint may get."""
+
+    def slow(prompt, before):
+        time.sleep(0.1)
+        return even(prompt, before)
+
+    server, settings = serve(slow, concurrency=6)
+    cfg = config.Config(task=config.Task(judge="openai", openai=settings))
+    contexts = [Context(f"c{i}", "T", "P.", (Question("", f"gold {i}", "Q?"),)) for i in range(6)]
+    task = squad.make(contexts, cfg.task)
+    grades = rewards.grade(task, [(context, ["words"]) for context in contexts], cfg)
+    assert [grade.reward for grade in grades] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    assert server.most_busy == 6
 
 
 def test_a_missing_key_is_named_before_anything_is_sent(serve, monkeypatch):

@@ -113,6 +113,17 @@ def test_a_rate_of_zero_changes_nothing(tiny):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_self_edit_that_is_cut_is_told_of(tiny, capsys):
+    lm, task = tiny
+    rows = [(task.prompt(c), task.references["oracle"](c)) for c in task.contexts[:ROWS]]
+    size = 1 + max(len(lm.tokenizer(a + b)["input_ids"]) for a, b in rows)
+    for length, told in ((size, ""), (size - 1, "of 4 texts are longer than")):
+        settings = config.Sft(learning_rate=1e-4, epochs=1, max_length=length)
+        outer.finetune(lm, rows, settings, jax.random.key(0))
+        err = capsys.readouterr().err
+        assert told in err and bool(told) == bool(err)
+
+
 def test_nothing_kept_is_an_error_for_finetune(tiny):
     with pytest.raises(SealError, match="no self-edit was kept"):
         outer.finetune(tiny[0], [], config.Sft(), jax.random.key(0))

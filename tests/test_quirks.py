@@ -4,6 +4,7 @@ What the reference does stands in the test's name or first line; the goldens are
 """
 
 import ast
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -87,8 +88,36 @@ def test_a_failed_judge_call_is_an_error_and_never_a_verdict(monkeypatch, tmp_pa
         judge_openai.judge_many([("q", "gold", "answer")], settings)
 
 
-def test_a_self_edit_that_cannot_be_applied_scores_as_none_and_is_counted(tiny):
+def test_a_self_edit_that_cannot_be_applied_is_written_again_a_few_times(tiny):
     """The reference samples again until one parses, without end."""
+    lm, task, cfg = tiny
+
+    def edit(context, text):
+        if len(text) % 3:
+            raise SelfEditError("is too long or too short")
+        return task.edit(context, text)
+
+    strict, key = task._replace(edit=edit), jax.random.key(3)
+    contexts = task.contexts[:3]
+
+    def write(retries, some):
+        sampling = dataclasses.replace(cfg.sampling, retries=retries, max_tokens=16)
+        own = dataclasses.replace(cfg, sampling=sampling)
+        return [x for own in rewards.write(lm, strict, some, 4, key, own) for x in own]
+
+    first, again = write(0, contexts), write(2, contexts)
+    fits = lambda one: len(one.edit.text) % 3 == 0
+    assert 0 < sum(map(fits, first)) < sum(map(fits, again))
+    for a, b in zip(first, again, strict=True):
+        assert a.tries == 1 and (b == a if fits(a) else b.tries > 1)
+        assert fits(b) or b.tries == 3
+    alone = [x for context in contexts for x in write(2, [context])]
+    seen = lambda written: [(x.edit.text, x.tries) for x in written]
+    assert seen(again) == seen(alone)  # whatever the company
+
+
+def test_a_self_edit_that_cannot_be_applied_scores_as_none_and_is_counted(tiny):
+    """In the reference there is none."""
     lm, task, cfg = tiny
 
     def edit(context, text):

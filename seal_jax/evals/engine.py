@@ -5,7 +5,18 @@ from collections.abc import Sequence
 
 import jax
 
-from seal_jax import batching, checkpoint, inner, lora, multihost, readers, sampling, sft, sharding
+from seal_jax import (
+    batching,
+    checkpoint,
+    inner,
+    lora,
+    multihost,
+    readers,
+    rewards,
+    sampling,
+    sft,
+    sharding,
+)
 from seal_jax.batching import identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config, Sft
@@ -45,14 +56,17 @@ def write(lm: LM, prompts: Sequence[str], key: jax.Array, cfg: Config) -> list[s
     return [sampling.text(lm, one[0]) for one in out]
 
 
-def verdicts(task: Task, asked: Sequence[Asked], answers: Sequence[str]) -> tuple[bool, ...]:
+def verdicts(
+    task: Task, asked: Sequence[Asked], answers: Sequence[str], cfg: Config
+) -> tuple[bool, ...]:
     """Returns the verdict on each answer; of several processes the first one asks the judge."""
-    found = multihost.agree(
-        lambda: json.dumps(
-            [bool(right) for right in inner_loop.verdicts(task, asked, answers)]
-        ).encode()
-    )
-    return tuple(json.loads(found))
+
+    def judge() -> bytes:
+        grades = lambda pairs: rewards.grade(task, pairs, cfg)
+        found = inner_loop.verdicts(task, asked, answers, grades)
+        return json.dumps([bool(right) for right in found]).encode()
+
+    return tuple(json.loads(multihost.agree(judge)))
 
 
 def pretrain(lm: LM, texts: Sequence[str], key: jax.Array, cfg: Config) -> LM:

@@ -8,7 +8,7 @@ into records. An engine may train and answer as it likes: many candidates in one
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from seal_jax.tasks import Context, Question, Task
+from seal_jax.tasks import Context, Grade, Question, Task
 
 
 class Asked(NamedTuple):
@@ -44,6 +44,8 @@ class Reply(NamedTuple):
 Engine = Callable[[Sequence[Request]], Sequence[Reply]]
 Answer = Callable[[list[str]], list[str]]
 """Prompts -> answers, by one model."""
+Grades = Callable[[list[tuple[Context, list[str]]]], list[Grade]]
+"""Contexts with the answers to all their questions -> grades."""
 
 
 def asked(task: Task, contexts: Sequence[Context]) -> tuple[Asked, ...]:
@@ -71,17 +73,24 @@ def candidates(context: Context, k: int) -> list[str]:
     return [text for text in written if text.strip()][:k] or [""]
 
 
-def verdicts(task: Task, pairs: Sequence[Asked], answers: Sequence[str]) -> tuple[bool, ...]:
+def verdicts(
+    task: Task, pairs: Sequence[Asked], answers: Sequence[str], grades: Grades | None = None
+) -> tuple[bool, ...]:
     """Returns the task's verdict on each answer.
 
     A task grades a context's questions together; those that were not asked count as blank.
+
+    Args:
+      grades: Grades many contexts' answers; by default one after the other.
     """
     rows: dict[str, list[str]] = {}
     contexts = {item.context.id: item.context for item in pairs}
     for item, answer in zip(pairs, answers, strict=True):
         row = rows.setdefault(item.context.id, [""] * len(item.context.questions))
         row[item.index] = answer
-    made = {name: task.grade(contexts[name], row).verdicts for name, row in rows.items()}
+    rowed = [(contexts[name], row) for name, row in rows.items()]
+    graded = grades(rowed) if grades else [task.grade(*pair) for pair in rowed]
+    made = {name: own.verdicts for name, own in zip(rows, graded, strict=True)}
     return tuple(made[item.context.id][item.index] for item in pairs)
 
 

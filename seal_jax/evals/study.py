@@ -254,7 +254,7 @@ def _cpt(subject: _Subject, cfg: Config) -> Study:
         trained = engine.pretrain(lm, request.texts, outer.key_of(cfg, "cpt"), cfg)
         state.save_tree(saved, trained.params)
     after = engine.answer(readers.ready(trained, cfg.mesh), prompts, cfg)
-    right = [engine.verdicts(task, request.asked, answers) for answers in (before, after)]
+    right = [engine.verdicts(task, request.asked, answers, cfg) for answers in (before, after)]
     reply = Reply(tuple(before), tuple(after), *right)
     content = cpt_file.result(
         request,
@@ -340,7 +340,7 @@ def _sequence_engine(
         made = []
         for lm, request in zip(models, requests, strict=True):
             replies = engine.answer(lm, [item.question.prompt for item in request.asked], cfg)
-            made.append(engine.verdicts(task, request.asked, replies))
+            made.append(engine.verdicts(task, request.asked, replies, cfg))
         return made
 
     def edit(models: Sequence[LM], requests: Sequence[Request]):
