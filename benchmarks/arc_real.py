@@ -18,7 +18,7 @@ import machine
 import numpy as np
 import tyro
 
-from seal_jax import checkpoint, config, rewards, runs, state, stats
+from seal_jax import checkpoint, config, rewards, runs, state, stats, writing
 from seal_jax.batching import SelfEdit
 from seal_jax.tasks.arc import baselines
 from seal_jax.tasks.arc import task as arc_task
@@ -83,7 +83,7 @@ def main(arguments: Arguments) -> None:
             policies["learned"] = lm._replace(params=state.load_tree(folders[-1], lm.params))
     for name, policy in policies.items():
         key = jax.random.key(1)
-        made = rewards.sample_edits(policy, task, contexts, arguments.n, key=key, cfg=cfg)
+        made = writing.sample_edits(policy, task, contexts, arguments.n, key=key, cfg=cfg)
         tested(name, [edit for own in made for edit in own])
     table = {}
     for name, found in rows.items():

@@ -26,7 +26,7 @@ import machine
 import numpy as np
 import workload
 
-from seal_jax import batching, inner, lora, model, readers, rewards, sft
+from seal_jax import batching, inner, lora, model, readers, rewards, sft, writing
 from seal_jax.batching import Batch
 from seal_jax.config import Answers, Config, Inner, Lora, Mesh, Outer, Sampling, Sft
 
@@ -192,7 +192,7 @@ def run_round(shape: str, chunk: int, args: argparse.Namespace) -> dict[str, Any
     )
     free = work.lm._replace(config=workload.endless(lm.config), reader=lm.reader)
     write_s, _ = machine.once(
-        lambda: rewards.write(free, work.task, contexts, 5, KEY, cfg) and None
+        lambda: writing.write(free, work.task, contexts, 5, KEY, cfg) and None
     )
     test_s = 0.0
     for seed in range(cfg.outer.seeds):

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import machine
 
-from seal_jax import checkpoint, config, rewards, state, stats
+from seal_jax import checkpoint, config, state, stats, writing
 from seal_jax.errors import SelfEditError
 from seal_jax.tasks import arc
 from seal_jax.tasks.registry import load_task
@@ -53,7 +53,7 @@ def main() -> None:
             task = load_task(dataclasses.replace(cfg.task, arc=own))
             n = 2 if args.quick else args.n
             key = jax.random.key(0)
-            drawn = rewards.sample_edits(policy, task, task.held_out, n, key=key, cfg=cfg)
+            drawn = writing.sample_edits(policy, task, task.held_out, n, key=key, cfg=cfg)
             of_puzzle = [sum(valid(edit.text) for edit in own) / n for own in drawn]
             found = stats.mean_se(of_puzzle)
             way = "grammar" if constrained else "free"

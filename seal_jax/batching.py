@@ -139,11 +139,13 @@ def steps_of(texts: Sequence[Text], batch_size: int) -> list[list[list[Text]]]:
         starts = range(0, len(ordered), batch_size)
         return [[[text] for text in ordered[i : i + batch_size]] for i in starts]
     rows: list[list[Text]] = []
+    full: list[int] = []
     for text in ordered:
         size = len(text.tokens)
-        home = next((r for r in rows if sum(len(x.tokens) for x in r) + size <= _ROW), None)
-        if home is None:
-            rows.append([text])
-        else:
-            home.append(text)
+        home = next((i for i, used in enumerate(full) if used + size <= _ROW), len(rows))
+        if home == len(rows):
+            rows.append([])
+            full.append(0)
+        rows[home].append(text)
+        full[home] += size
     return [rows] if rows else []

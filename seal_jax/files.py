@@ -75,6 +75,8 @@ def write(file: AnyPath, data: bytes) -> None:
     if not isinstance(file, Path):
         file.write_bytes(data)  # buckets show a file when it is complete
         return
+    if file.is_dir():
+        raise SealError(f"{file}: is a folder")
     partial = file.with_name(f".{file.name}.partial")
     with open(partial, "wb") as out:
         out.write(data)

@@ -75,10 +75,19 @@ def _row(name, lm, task, edits, home: Path, cfg: Config, metrics) -> Row:
     key = outer.key_of(cfg, "inner", "held-out")
     file = home / f"{_slug(name)}.jsonl"
     rows = outer.test_edits(lm, task, edits, cfg.evaluation.seeds, file, key, cfg, metrics)
+    return Row(name, mean_rewards(name, edits, rows), len(rows))
+
+
+def mean_rewards(
+    name: str, edits: Sequence[SelfEdit], rows: Sequence[runs.Record]
+) -> tuple[float, ...]:
+    """Returns the reward on each context over its self-edits and their seeds.
+
+    It is the mean, but of several tries the best if they are an `oracle`'s, which knows it.
+    """
     by_context: dict[str, dict[int, list[float]]] = {edit.context.id: {} for edit in edits}
     for row in rows:
         by_context[row["context"]].setdefault(row["index"], []).append(row["reward"])
-    # Of several tries an oracle knows the best.
     over = max if name == "oracle" else stats.mean
     each = [[stats.mean(seeds) for seeds in own.values()] for own in by_context.values()]
-    return Row(name, tuple(over(own) for own in each), len(rows))
+    return tuple(over(own) for own in each)

@@ -15,6 +15,7 @@ import random
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ class Judge:
         self._budget = Budget(settings.max_calls)
         self._guard = threading.Lock()
         self._asked: dict[str, asyncio.Task[bool]] = {}  # by prompt, while there is no verdict
-        self._failure = ""
+        _judges.add(self)
+        self._failure = "the judge was interrupted"
         self._loop: asyncio.AbstractEventLoop | None = None  # and with it:
         self._thread: threading.Thread | None = None
         self._slots: asyncio.Semaphore | None = None
@@ -78,6 +80,14 @@ class Judge:
             Verdicts that came before are in the cache.
         """
         return grading.verdicts(items, self._ask)
+
+    def cancel(self) -> None:
+        """Ends the calls under way, in whatever thread: they raise SealError."""
+        with self._guard:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(
+                    lambda: [task.cancel() for task in self._asked.values()]
+                )
 
     def close(self) -> None:
         """Closes the connections; the next call opens them again."""
@@ -119,20 +129,23 @@ class Judge:
 
     async def _converse(self, prompts: list[str]) -> list[bool]:
         """Returns the verdict on each prompt; the first failure for good ends them all."""
-        new = [text for text in prompts if text not in self._asked]
+        # Of another thread's there may be a verdict by now.
+        known = {text: _recall(_entry(text, self._settings)) for text in prompts}
+        new = [text for text in prompts if known[text] is None and text not in self._asked]
         self._budget.check(len(new))
         for text in new:
             task = asyncio.create_task(self._one(text))
             task.add_done_callback(lambda _, text=text: self._asked.pop(text, None))
             self._asked[text] = task
-        tasks = [self._asked[text] for text in prompts]
+        tasks = {text: self._asked[text] for text in prompts if known[text] is None}
         try:
-            return await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks.values())
         except BaseException as error:
             self._failure = str(error) or self._failure
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
             raise
+        return [tasks[text].result() if text in tasks else known[text] for text in prompts]
 
     async def _end(self) -> None:
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -148,6 +161,15 @@ class Judge:
         content = {"prompt": text, "reply": reply, "verdict": verdict}
         _remember(_entry(text, self._settings), content)
         return verdict
+
+
+_judges: weakref.WeakSet[Judge] = weakref.WeakSet()
+
+
+def cancel() -> None:
+    """Ends the calls of all judges: who waits for one in another thread cannot be interrupted."""
+    for judge in list(_judges):
+        judge.cancel()
 
 
 def judge_many(items: Sequence[grading.Item], settings: config.OpenAI) -> list[bool]:

@@ -19,6 +19,7 @@ from seal_jax import (
     rewards,
     runtime,
     sharding,
+    writing,
 )
 from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
@@ -70,7 +71,7 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     lm = checkpoint.load_model(cfg.model, mesh=sharding.make(cfg.mesh))
     key = outer.key_of(cfg, "lesson")
     ready = readers.ready(lm, cfg.mesh)
-    (edits,) = rewards.sample_edits(ready, task, [context], key=key, cfg=cfg)
+    (edits,) = writing.sample_edits(ready, task, [context], key=key, cfg=cfg)
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=checkpoint.eos(lm))
     adapters, losses = inner.adapt_many(readers.readable(ready), batch, key, cfg)
     losses = sharding.fetch(losses)

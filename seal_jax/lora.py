@@ -1,5 +1,6 @@
 """Low-rank adapters as their own pytree: frozen and trained things are separate arguments."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -124,10 +125,20 @@ def merge(params: "Params", adapter: Adapter, cfg: object = None) -> "Params":
     check_single(adapter)
     layers = dict(params.layers)
     for target, a in adapter.a.items():
-        change = jnp.matmul(a, adapter.b[target], precision="highest") * adapter.scale
-        weight = layers[target]
-        layers[target] = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+        layers[target] = _merged(layers[target], a, adapter.b[target], scale=adapter.scale)
     return params.replace(layers=layers)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
+    """Returns a stacked weight with its change, a layer at a time: float32 of all is twice bf16."""
+
+    def one(layer):
+        weight, a, b = layer
+        change = jnp.matmul(a, b, precision="highest") * scale
+        return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+
+    return jax.lax.map(one, (weight, a, b))
 
 
 def check_single(adapter: Adapter) -> None:

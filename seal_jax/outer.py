@@ -22,6 +22,7 @@ from seal_jax import (
     sampling,
     state,
     stats,
+    writing,
 )
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
@@ -117,7 +118,7 @@ def write_edits(
             some = contexts[start : start + group]
             wanted = [(context.id, i) for context in some for i in range(n)]
             if not seen.issuperset(wanted):
-                made = rewards.write(lm, task, some, n, key, cfg, pad_to=longest, grammar=grammar)
+                made = writing.write(lm, task, some, n, key, cfg, pad_to=longest, grammar=grammar)
                 rows = [_edit_record(one) for of_context in made for one in of_context]
                 runs.append(file, [r for r in rows if (r["context"], r["index"]) not in seen])
                 multihost.check()
@@ -126,7 +127,7 @@ def write_edits(
     return [SelfEdit(c, i, by_place[c.id, i]) for c in contexts for i in range(n)]
 
 
-def _edit_record(one: rewards.Written) -> runs.Record:
+def _edit_record(one: writing.Written) -> runs.Record:
     return {
         "context": one.edit.context.id,
         "index": one.edit.index,

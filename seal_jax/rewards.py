@@ -1,6 +1,7 @@
-"""Self-edits written, applied and tested: what each candidate is worth."""
+"""Self-edits applied and tested: what each candidate is worth."""
 
 import concurrent.futures
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,28 +21,11 @@ from seal_jax import (
 )
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
-from seal_jax.batching import SelfEdit, identity
+from seal_jax.batching import SelfEdit
 from seal_jax.checkpoint import LM
-from seal_jax.errors import SealError, SelfEditError
-from seal_jax.grammar import Grammar
+from seal_jax.errors import SealError
 from seal_jax.lora import Adapter
 from seal_jax.tasks import Context, Grade, Task
-
-
-class Written(NamedTuple):
-    """A self-edit with how it came about.
-
-    Attributes:
-      logprob: Mean of its tokens'.
-      ended: By itself, not by the limit.
-      tries: More than 1 where those before could not be applied.
-    """
-
-    edit: SelfEdit
-    tokens: int
-    logprob: float
-    ended: bool
-    tries: int = 1
 
 
 class Scores(NamedTuple):
@@ -50,98 +34,6 @@ class Scores(NamedTuple):
     reward: np.ndarray
     answers: list[list[str]]
     verdicts: list[tuple[bool, ...]]
-
-
-def write(
-    lm: LM,
-    task: Task,
-    contexts: Sequence[Context],
-    n: int,
-    key: jax.Array,
-    cfg: config_lib.Config,
-    *,
-    pad_to: int = 0,
-    grammar: Grammar | None = None,
-) -> list[list[Written]]:
-    """Returns n self-edits for each context, drawn by the context's own key.
-
-    One that cannot be applied is written again up to `cfg.sampling.retries` times, by keys of its
-    own; the last try stays. (The reference tries for ever.)
-
-    Args:
-      grammar: The task's, over this model's tokens; made here if not given.
-    """
-    if grammar is None and task.grammar is not None:
-        grammar = sampling.constrain(lm, task.grammar)
-    draw = lambda key: _draw(lm, task, contexts, n, key, cfg, pad_to, grammar)
-    written = draw(key)
-    for attempt in range(1, cfg.sampling.retries + 1):
-        bad = [
-            (c, i)
-            for c, own in enumerate(written)
-            for i, one in enumerate(own)
-            if one.tries == attempt and not _applies(task, one.edit)
-        ]
-        if not bad:
-            break
-        # All are drawn again, in the program that there is, and the good ones left as they were.
-        again = draw(jax.random.fold_in(key, attempt))
-        for c, i in bad:
-            written[c][i] = again[c][i]._replace(tries=attempt + 1)
-    return written
-
-
-def _applies(task: Task, written: SelfEdit) -> bool:
-    try:
-        task.edit(written.context, written.text)
-    except SelfEditError:
-        return False
-    return True
-
-
-def _draw(lm, task, contexts, n: int, key, cfg, pad_to: int, grammar) -> list[list[Written]]:
-    """Returns n self-edits for each context, whatever they say."""
-    settings = cfg.sampling
-    prompts = [sampling.encode(lm, task.prompt(context)) for context in contexts]
-    out = sampling.decode(
-        lm,
-        [prompts],
-        samples=n,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        key=key,
-        ids=[[identity(context.id) for context in contexts]],
-        chunk=settings.chunk,
-        pad_to=pad_to,
-        grammar=grammar,
-    )[0]
-    return [
-        [
-            Written(
-                SelfEdit(context, i, sampling.text(lm, one)),
-                len(one.tokens),
-                float(np.mean(one.logprobs)) if len(one.logprobs) else 0.0,
-                one.ended,
-            )
-            for i, one in enumerate(samples)
-        ]
-        for context, samples in zip(contexts, out, strict=True)
-    ]
-
-
-def sample_edits(
-    lm: LM,
-    task: Task,
-    contexts: Sequence[Context],
-    n: int | None = None,
-    *,
-    key: jax.Array,
-    cfg: config_lib.Config,
-) -> list[list[SelfEdit]]:
-    """Returns, for each context, n self-edits (`cfg.sampling.n` by default)."""
-    written = write(lm, task, contexts, n or cfg.sampling.n, key, cfg)
-    return [[one.edit for one in of_context] for of_context in written]
 
 
 def answer(
@@ -310,12 +202,20 @@ def grade(
         return [Grade(0.0, ()) for _ in pairs]
     if cfg.task.judge != "openai" or len(pairs) < 2:
         return [task.grade(context, answers) for context, answers in pairs]
+    from seal_jax import judge_openai
+
     with concurrent.futures.ThreadPoolExecutor(cfg.task.openai.concurrency) as pool:
         futures = [pool.submit(task.grade, context, answers) for context, answers in pairs]
         try:
+            over = concurrent.futures.wait(futures, return_when="FIRST_EXCEPTION").done
+            for future in over:
+                future.result()
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException:  # a call failed for good, or Ctrl-C: the others are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):
+                judge_openai.cancel()
+                time.sleep(0.05)
             raise
 
 

@@ -6,6 +6,7 @@ buckets. With `batch_size: 0` all texts of a candidate are one optimizer step, p
 which each text sees itself alone.
 """
 
+import collections
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -161,7 +162,10 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
         tokens.append(np.full(size, shape.eos_id, np.int32))
         weights.append(np.zeros(size, np.int8))
         segments.append(np.zeros(size, np.int32))
-    place = [(k, home[:j].count(k)) for j, k in enumerate(home)]
+    place, taken = [], collections.Counter()
+    for k in home:
+        place.append((k, taken[k]))
+        taken[k] += 1
     for at, i in enumerate(group):
         for j, step in enumerate(steps[i]):
             k, m = place[j]

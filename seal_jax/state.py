@@ -79,6 +79,26 @@ def load_tree(folder: files.AnyPath, like: Any) -> Any:
     return _checked(tree, like, folder)
 
 
+def check_tree(folder: files.AnyPath, like: Any) -> None:
+    """Raises SealError where a folder holds no tree of these shapes; no array is read."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        name = lambda path: "/".join(str(getattr(k, "name", getattr(k, "key", k))) for k in path)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {name(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    def check() -> bytes:
+        with _damage(folder):
+            found = shapes(ocp.metadata(_absolute(folder)).metadata)
+        for name, shape in shapes(like).items():
+            if found.get(name) != shape:
+                there = found.get(name, "missing")
+                raise SealError(f"{folder}: holds another model: {name} is {there}, not {shape}")
+        return b""
+
+    multihost.agree(check)
+
+
 def abstract(tree: Any) -> Any:
     """Returns the shapes of arrays, with their shardings where they are bound to devices."""
 

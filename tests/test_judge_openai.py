@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -333,6 +334,49 @@ def test_a_call_that_fails_for_good_ends_those_of_other_threads_with_its_words(s
     ask.close()
 
 
+def candidates(settings, n=6):
+    """Returns a configuration, a task and n contexts of one question with answers to grade."""
+    cfg = config.Config(task=config.Task(judge="openai", openai=settings))
+    contexts = [Context(f"c{i}", "T", "P.", (Question("", f"gold {i}", "Q?"),)) for i in range(n)]
+    return cfg, squad.make(contexts, cfg.task), [(context, ["words"]) for context in contexts]
+
+
+def test_a_call_that_fails_for_good_does_not_wait_for_those_that_hang(serve):
+    def script(prompt, _):
+        return failure(401) if "gold 3" in prompt else lambda server: server.stopping.wait(20)
+
+    _, settings = serve(script, concurrency=6, timeout_s=15.0)
+    cfg, task, pairs = candidates(settings)
+    start = time.monotonic()
+    with pytest.raises(SealError, match="status 401"):
+        rewards.grade(task, pairs, cfg)
+    assert time.monotonic() - start < 5
+    assert threading.active_count() < 40
+
+
+def test_an_interrupt_ends_grading_at_once(serve):
+    """Ctrl-C reaches the main thread alone, which waits for others."""
+    _, settings = serve(lambda *_: lambda server: server.stopping.wait(20), timeout_s=15.0)
+    cfg, task, pairs = candidates(settings)
+    start = time.monotonic()
+    main = threading.main_thread().ident
+    threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        rewards.grade(task, pairs, cfg)
+    assert time.monotonic() - start < 5
+
+
+def test_a_verdict_that_came_meanwhile_is_not_asked_for_again(serve, monkeypatch):
+    """Between a thread's look into the cache and its question another's may have been answered."""
+    server, settings = serve(even, max_calls=6)
+    real, here = judge_openai._recall, threading.current_thread()
+    early = lambda file: None if threading.current_thread() is here else real(file)
+    monkeypatch.setattr(judge_openai, "_recall", early)  # this thread's look comes too early
+    with contextlib.closing(judge_openai.Judge(settings)) as ask:
+        assert ask(ITEMS) == EVEN and ask(ITEMS) == EVEN
+    assert len(server.requests) == len(ITEMS)
+
+
 def test_the_candidates_of_a_chunk_are_graded_side_by_side(serve):
     """One question each, asked together: as many at once as the endpoint may get."""
 
@@ -341,10 +385,8 @@ def test_the_candidates_of_a_chunk_are_graded_side_by_side(serve):
         return even(prompt, before)
 
     server, settings = serve(slow, concurrency=6)
-    cfg = config.Config(task=config.Task(judge="openai", openai=settings))
-    contexts = [Context(f"c{i}", "T", "P.", (Question("", f"gold {i}", "Q?"),)) for i in range(6)]
-    task = squad.make(contexts, cfg.task)
-    grades = rewards.grade(task, [(context, ["words"]) for context in contexts], cfg)
+    cfg, task, pairs = candidates(settings)
+    grades = rewards.grade(task, pairs, cfg)
     assert [grade.reward for grade in grades] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
     assert server.most_busy == 6
 

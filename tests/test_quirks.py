@@ -12,7 +12,17 @@ import jax
 import pytest
 
 import seal_jax as seal
-from seal_jax import batching, config, experiment, judge, judge_openai, outer, rewards, runs
+from seal_jax import (
+    batching,
+    config,
+    experiment,
+    judge,
+    judge_openai,
+    outer,
+    rewards,
+    runs,
+    writing,
+)
 from seal_jax.errors import SealError, SelfEditError
 from seal_jax.tasks import Edit, Example
 
@@ -103,7 +113,7 @@ def test_a_self_edit_that_cannot_be_applied_is_written_again_a_few_times(tiny):
     def write(retries, some):
         sampling = dataclasses.replace(cfg.sampling, retries=retries, max_tokens=16)
         own = dataclasses.replace(cfg, sampling=sampling)
-        return [x for own in rewards.write(lm, strict, some, 4, key, own) for x in own]
+        return [x for own in writing.write(lm, strict, some, 4, key, own) for x in own]
 
     first, again = write(0, contexts), write(2, contexts)
     fits = lambda one: len(one.edit.text) % 3 == 0

@@ -107,25 +107,65 @@ def test_a_policy_is_tested_and_edited_in_place_of_the_model(single, tmp_path):
     assert scores["other"] != scores["same"]
 
 
-def test_self_edits_that_came_with_the_passages_are_applied(tmp_path):
+def test_several_self_edits_of_an_oracle_count_by_the_best(tmp_path):
+    """As in the held-out table of a run, on ARC's tiny grids."""
+    few = ["evaluation.contexts=1", "inner.max_steps=20", "task.arc.max_examples=8"]
+    few += ["evaluation.references=[oracle]", "sampling.n=1", "evaluation.self_edits=oracle"]
+    path = str(Path(CONFIG).with_name("arc_tiny.yaml"))
+    cfg = config.load_config(path, ["outer.rounds=0", "outer.control=false", *few])
+    table = {row.name: row for row in experiment.run(cfg, tmp_path / "run").table}
+    bare, own = study.run(cfg, "single", tmp_path / "study").rows
+    assert own.rewards == table["oracle"].rewards and own.trials == 16
+    assert bare.rewards == table["base"].rewards
+    assert not (tmp_path / "study" / "eval" / "single" / "result.json").exists()  # no passages
+
+
+def passages(tmp_path, *entries):
+    """Returns settings of evaluating these passages' own self-edits."""
     file = tmp_path / "passages.json"
     asked = [{"question": "Who leads Arlen?", "answer": "Ida"}]
-    file.write_text(
-        json.dumps(
-            [
-                {"title": "A", "context": "P.", "questions": asked, "completions": ["x", "y\nz"]},
-                {"title": "B", "context": "Q.", "questions": asked, "completion": "w"},
-            ]
-        )
-    )
+    whole = [{"title": "A", "context": "P.", "questions": asked, **entry} for entry in entries]
+    file.write_text(json.dumps(whole))
     squad = ["task.name=squad", f"task.path={file}", "task.style=implications"]
-    chosen = settings(
-        *squad, "evaluation.self_edits=file", "evaluation.n=2", "evaluation.contexts=0"
-    )
-    study.run(chosen, "single", tmp_path / "run")
+    chosen = ["evaluation.self_edits=file", "evaluation.n=2", "evaluation.contexts=0"]
+    return settings(*squad, "task.order_seed=null", *chosen)
+
+
+def test_self_edits_that_came_with_the_passages_are_applied(tmp_path):
+    cfg = passages(tmp_path, {"completions": ["x", "y\nz"]}, {"title": "B", "completion": "w"})
+    study.run(cfg, "single", tmp_path / "run")
     content = results.read(tmp_path / "run" / "eval" / "single" / "result.json")
     texts = {a["title"]: [c["text"] for c in a["completions"]] for a in content["articles"]}
     assert texts == {"A": ["x", "y\nz"], "B": ["w"]}
+
+
+def test_what_came_with_a_passage_is_a_list_of_texts_or_nothing(tmp_path):
+    odd = [{"completions": "abc"}, {"completions": [3]}, {"completion": {"a": 1}}]
+    for entry in odd:
+        with pytest.raises(SealError, match="'A': its completions are not a list of texts"):
+            study.run(passages(tmp_path, entry), "single", tmp_path / "run")
+    with pytest.raises(SealError, match="evaluation.self_edits=file: none came"):
+        study.run(passages(tmp_path, {"completion": None}, {}), "single", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_given_self_edits_are_applied_to_their_own_passages_one_after_the_other(
+    tmp_path, monkeypatch
+):
+    """Equal passages keep theirs apart; a blank one is the passage, once; passages that nothing is
+    asked about are left out.
+    """
+    texts = ["one", "two", None]
+    entries = [{"completions": [text]} for text in texts]
+    cfg = passages(tmp_path, *entries, {"title": "B", "questions": []})
+    length = {"continual": config.Continual(sequences=2, length=3)}
+    cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, **length))
+    trained = []
+    edit = lambda lm, texts, *rest: trained.append(sorted(texts)) or lm
+    monkeypatch.setattr(study.SETTINGS["continual"].__globals__["engine"], "edit", edit)
+    study.run(cfg, "continual", tmp_path / "run")
+    expected = sorted([["A\nP.", "A\none"], ["A\nP.", "A\ntwo"], ["A\nP."]])
+    assert sorted(trained[:3]) == sorted(trained[3:]) == expected
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -150,6 +190,17 @@ def test_one_training_on_the_self_edits_of_all_passages_teaches_all(tmp_path, me
     again = study.run(chosen, "cpt", folder)
     assert rows_of(again) == rows_of(made)
     assert (folder / "eval" / "cpt" / "policy").stat().st_mtime_ns == stamp
+
+
+def test_a_folder_of_no_policy_or_of_another_model_s_is_refused_before_there_is_a_run(tmp_path):
+    lm = checkpoint.load_model("tiny-grids")
+    state.save_tree(tmp_path / "x" / "round_1" / "policy", lm.params)
+    (tmp_path / "empty").mkdir()
+    for folder, words in (("empty", "cannot be restored"), ("x/round_1", "holds another model")):
+        with pytest.raises(SealError, match=words):
+            chosen = settings(f"evaluation.policy={tmp_path / folder}")
+            study.run(chosen, "single", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_continual_edits_stay_in_the_model_and_are_recorded_sequence_by_sequence(tmp_path):
@@ -218,7 +269,8 @@ def test_on_a_mesh_the_figures_are_those_of_one_device(tmp_path):
         ("single", ["evaluation.contexts=1000"], "evaluation.contexts=1000: the task has 200"),
         ("single", ["evaluation.policy=nosuch/policy"], "evaluation.policy: nosuch/policy"),
         ("continual", ["evaluation.continual.length=5"], "evaluation.continual.length=5"),
-        ("cpt", ["inner.pad_loss=true"], "inner.pad_loss=true"),
+        ("cpt", ["inner.pad_loss=true"], "inner.pad_loss"),
+        ("continual", ["inner.max_steps=5"], "inner.max_steps"),
         ("cpt", ["task.name=tiny-grids"], "eval cpt: needs passages"),
         ("twice", [], "'twice' is unknown"),
     ],

@@ -1,4 +1,7 @@
-"""What the evaluations ask of a language model, done in this process: answer, judge, be edited."""
+"""What the evaluations ask of a language model, done in this process: answer, judge, be edited.
+
+A copy of the weights laid out for reading is made for each call, so that none outlives it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -32,6 +35,7 @@ def answer(lm: LM, prompts: Sequence[str], cfg: Config) -> list[str]:
         return []
     settings = cfg.answers
     rows = [sampling.encode(lm, prompt) for prompt in prompts]
+    lm = readers.ready(lm, cfg.mesh)
     (out,) = sampling.decode(
         lm, [rows], max_tokens=settings.max_tokens, chunk=settings.chunk, logprobs=False
     )
@@ -43,7 +47,7 @@ def write(lm: LM, prompts: Sequence[str], key: jax.Array, cfg: Config) -> list[s
     settings = cfg.sampling
     rows = [sampling.encode(lm, prompt) for prompt in prompts]
     (out,) = sampling.decode(
-        lm,
+        readers.ready(lm, cfg.mesh),
         [rows],
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
@@ -84,7 +88,7 @@ def pretrain(lm: LM, texts: Sequence[str], key: jax.Array, cfg: Config) -> LM:
         max_length=cfg.inner.max_length,
     )
     params, _ = sft.finetune(lm, [("", text) for text in texts], settings, key)
-    return lm._replace(params=params, reader=None)
+    return lm._replace(params=params)
 
 
 def edit(lm: LM, texts: Sequence[str], name: int, key: jax.Array, cfg: Config) -> LM:
@@ -100,7 +104,9 @@ def edit(lm: LM, texts: Sequence[str], name: int, key: jax.Array, cfg: Config) -
     made = Edit(tuple(Example(text) for text in texts))
     candidate = batching.candidate(made, name, lm.tokenizer, end, cfg.inner)
     batch = batching.Batch((candidate,), cfg.inner, end)
-    adapters, losses = inner.adapt_many(readers.readable(lm), batch, key, cfg)
+    reader = readers.readable(readers.ready(lm, cfg.mesh))
+    adapters, losses = inner.adapt_many(reader, batch, key, cfg)
+    del reader
     if inner.diverged(batch, losses)[0]:
         raise SealError(
             f"an inner loop diverged; lower inner.learning_rate, {cfg.inner.learning_rate:g}"
@@ -113,4 +119,4 @@ def edit(lm: LM, texts: Sequence[str], name: int, key: jax.Array, cfg: Config) -
         params = lora.merge(lm.params, adapter)
     if mesh is not None:
         params = sharding.place(params, jax.tree.map(lambda x: x.sharding, lm.params))
-    return readers.ready(lm._replace(params=params, reader=None), cfg.mesh)
+    return lm._replace(params=params)

@@ -8,6 +8,7 @@ into records. An engine may train and answer as it likes: many candidates in one
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Grade, Question, Task
 
 
@@ -67,10 +68,25 @@ def candidates(context: Context, k: int) -> list[str]:
 
     Old files have one, as `completion`. Without any there is one blank one: it trains on the
     passage alone.
+
+    Raises:
+      SealError: where they are no texts; null is a blank one.
     """
+    return [text for text in _given(context) if text.strip()][:k] or [""]
+
+
+def has_candidates(contexts: Sequence[Context]) -> bool:
+    """Returns whether any of these contexts came with a self-edit; see `candidates`."""
+    return any(text.strip() for context in contexts for text in _given(context))
+
+
+def _given(context: Context) -> list[str]:
     data = context.data if isinstance(context.data, dict) else {}
-    written = data.get("completions") or [data.get("completion", "")]
-    return [text for text in written if text.strip()][:k] or [""]
+    written = data.get("completions") or [data.get("completion")]
+    texts = [text or "" for text in written] if isinstance(written, list) else None
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise SealError(f"{context.title!r}: its completions are not a list of texts")
+    return texts
 
 
 def verdicts(

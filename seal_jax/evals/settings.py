@@ -1,0 +1,204 @@
+"""The paper's three settings of evaluation, each on a subject.
+
+Each returns rows of rewards, the un-edited model's first, and what the rewards are of; it leaves
+records beside them, and a result file as the reference writes it.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+from seal_jax import files, held_out, multihost, outer, progress, runs, state, stats
+from seal_jax.batching import SelfEdit, identity
+from seal_jax.checkpoint import LM
+from seal_jax.config import Config
+from seal_jax.evals import continual as continual_lib
+from seal_jax.evals import cpt as cpt_lib
+from seal_jax.evals import engine, inner_loop, single_passage
+from seal_jax.evals.inner_loop import Reply, Request
+from seal_jax.evals.subject import Subject
+from seal_jax.formats import continual as continual_file
+from seal_jax.formats import cpt as cpt_file
+from seal_jax.formats import results
+from seal_jax.table import Row
+from seal_jax.tasks import Context, Task
+
+Found = tuple[tuple[Row, ...], str]
+"""Rows, and what their rewards are of."""
+
+
+def single(subject: Subject, cfg: Config) -> Found:
+    """Returns the accuracy on each context after an inner loop of its own (n = 1)."""
+    models, policy, task, contexts, home, metrics = subject
+    file = home / "base.jsonl"
+    bare = outer.base_rewards(models.load_adapted(policy), task, contexts, file, cfg)
+    edits = subject.self_edits(cfg.evaluation.n, cfg)
+    key, file = outer.key_of(cfg, "inner", "held-out"), home / "rewards.jsonl"
+    lm, seeds = models.load_adapted(policy), cfg.evaluation.seeds
+    rows = outer.test_edits(lm, task, edits, seeds, file, key, cfg, metrics)
+    if any(context.questions for context in contexts):
+        subject.write_result(_single_result(subject, edits, rows, cfg))
+    kind = cfg.evaluation.self_edits
+    rewards = held_out.mean_rewards(kind, edits, rows)
+    made = (
+        Row("no self-edit", tuple(bare), len(bare)),
+        Row(f"{kind} self-edits", rewards, len(rows)),
+    )
+    return made, "contexts"
+
+
+def _single_result(
+    subject: Subject, edits: Sequence[SelfEdit], rows: Sequence[runs.Record], cfg: Config
+) -> dict:
+    bare = {row["context"]: row for row in runs.records(subject.home / "base.jsonl")}
+    found = {(row["context"], row["index"], row["seed"]): row for row in rows}
+    own = subject.by_context(edits)
+    articles = []
+    for context, texts in zip(subject.contexts, own, strict=True):
+        replies = [
+            _reply(bare[context.id], found[context.id, index, seed])
+            for index in range(len(texts))
+            for seed in range(cfg.evaluation.seeds)
+        ]
+        prompt = subject.task.prompt(context)
+        articles.append(single_passage.article(context, texts, replies, prompt))
+    return results.result(
+        articles,
+        name=cfg.name,
+        dataset=_dataset(cfg),
+        split_newlines=cfg.task.split_newlines,
+        k=max(len(texts) for texts in own),
+        seeds=cfg.evaluation.seeds,
+        lora=results.lora_params(cfg.lora, cfg.inner),
+    )
+
+
+def _reply(before: runs.Record, after: runs.Record) -> Reply:
+    right = [tuple(bool(v) for v in row["verdicts"]) for row in (before, after)]
+    return Reply(tuple(before["answers"]), tuple(after["answers"]), *right)
+
+
+def _dataset(cfg: Config) -> str:
+    return cfg.task.held_out or cfg.task.path or cfg.task.name
+
+
+def cpt(subject: Subject, cfg: Config) -> Found:
+    """Returns the accuracy on each context after one training on the self-edits of all.
+
+    The trained model stays in the folder `policy`.
+    """
+    task, contexts = subject.task, subject.contexts
+    own = subject.texts(cfg.evaluation.n, cfg)
+    request = cpt_lib.request(task, contexts, own, cfg.evaluation.cpt.questions)
+    prompts = [item.question.prompt for item in request.asked]
+    lm = subject.models.load_adapted(subject.policy)
+    before = engine.answer(lm, prompts, cfg)
+    saved = subject.home / "policy"
+    if files.exists(saved):
+        trained = lm._replace(params=state.load_tree(saved, lm.params))
+    else:
+        progress.say(f"continued pretraining: {len(request.texts)} texts")
+        trained = engine.pretrain(lm, request.texts, outer.key_of(cfg, "cpt"), cfg)
+        state.save_tree(saved, trained.params)
+    after = engine.answer(trained, prompts, cfg)
+    right = [engine.verdicts(task, request.asked, answers, cfg) for answers in (before, after)]
+    content = cpt_file.result(
+        request,
+        Reply(tuple(before), tuple(after), *right),
+        dataset=_dataset(cfg),
+        n_articles=len(contexts),
+        k=max(len(texts) for texts in own),
+        split_newlines=cfg.task.split_newlines,
+        lora=results.lora_params(cfg.lora, cfg.inner),
+    )
+    subject.write_result(content)
+    names = ("before training", f"{cfg.evaluation.self_edits} self-edits")
+    shares = [_shares(request, verdicts) for verdicts in right]
+    rows = [Row(name, own, len(prompts)) for name, own in zip(names, shares, strict=True)]
+    return tuple(rows), "contexts"
+
+
+def _shares(request: Request, right: Sequence[bool]) -> tuple[float, ...]:
+    """Returns the share of right answers of each context that was asked about."""
+    groups: dict[str, list[bool]] = {}
+    for item, verdict in zip(request.asked, right, strict=True):
+        groups.setdefault(item.context.id, []).append(verdict)
+    return tuple(stats.mean(own) for own in groups.values())
+
+
+def continual(subject: Subject, cfg: Config) -> Found:
+    """Returns the accuracy of each sequence: before, right after each edit, and at the end."""
+    settings, file = cfg.evaluation.continual, subject.home / "sequences.jsonl"
+    n, count = settings.length, settings.sequences
+    rng = random.Random(identity(cfg.seed, "continual"))
+    chosen = [rng.sample(range(len(subject.contexts)), n) for _ in range(count)]
+    given = None if cfg.evaluation.self_edits == "own" else subject.texts(1, cfg)
+    done = {row["sequence"] for row in runs.records(file)}
+    with progress.track("continual self-edits", count) as advance:
+        for number, places in enumerate(chosen):
+            if number not in done:
+                sequence = [subject.contexts[place] for place in places]
+                texts = given and [given[place][0] for place in places]
+                runs.append(file, [_edit_sequence(subject, number, sequence, texts, cfg)])
+                multihost.check()
+            advance(1)
+    matrices = [row["matrix"] for row in sorted(runs.records(file), key=lambda x: x["sequence"])]
+    subject.write_result(continual_file.summary(matrices, _dataset(cfg), cfg.model.path))
+    parts = {
+        "before": lambda m: m[0],
+        "right after its edit": lambda m: [m[i + 1][i] for i in range(n)],
+        "all, at the end": lambda m: m[n],
+    }
+    means = lambda part: tuple(stats.mean(part(m)) for m in matrices)
+    return tuple(Row(name, means(part), n * count) for name, part in parts.items()), "sequences"
+
+
+def _edit_sequence(
+    subject: Subject, number: int, sequence: list[Context], given: list[str] | None, cfg: Config
+) -> runs.Record:
+    own = _sequence_engine(subject.task, number, sequence, given, cfg)
+    base = subject.models.load_adapted(subject.policy)
+    (outcome,) = continual_lib.run(subject.task, [sequence], own, base)
+    return {
+        "sequence": number,
+        "contexts": [context.id for context in sequence],
+        "self_edits": list(outcome.self_edits),
+        "matrix": outcome.matrix,
+    }
+
+
+def _sequence_engine(
+    task: Task, number: int, sequence: list[Context], given: list[str] | None, cfg: Config
+) -> continual_lib.Engine:
+    """Returns what the edits of one sequence need.
+
+    Args:
+      given: Self-edits to apply, one of each passage; None has each model write its own.
+    """
+    write_key = outer.key_of(cfg, "write", "continual", number)
+    inner_key = outer.key_of(cfg, "inner", "continual", number)
+    waiting = iter(given or ())
+
+    def write(models: Sequence[LM], prompts: Sequence[str]) -> list[str]:
+        return [next(waiting)] if given else engine.write(models[0], prompts, write_key, cfg)
+
+    def answer(models: Sequence[LM], requests: Sequence[Request]) -> list[Sequence[bool]]:
+        prompts = [item.question.prompt for item in requests[0].asked]
+        replies = engine.answer(models[0], prompts, cfg)
+        return [engine.verdicts(task, requests[0].asked, replies, cfg)]
+
+    def edit(models: Sequence[LM], requests: Sequence[Request]):
+        step, texts = requests[0].candidate, requests[0].texts
+        if given:  # a blank one is meant, not a model's silence: it is not replaced
+            texts = inner_loop.texts(task, sequence[step], given[step])
+        name = identity(number, step)
+        edited = [engine.edit(models[0], texts, name, inner_key, cfg)]
+        return edited, answer(edited, requests)
+
+    return continual_lib.Engine(write, answer, edit)
+
+
+SETTINGS: dict[str, Callable[[Subject, Config], Found]] = {
+    "single": single,
+    "cpt": cpt,
+    "continual": continual,
+}
