@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -96,14 +97,14 @@ def pack(
     A self-edit that cannot be applied trains nothing and carries the reason.
 
     Args:
-      edits: SelfEdits, or lists of them (one list per context, as `sample_edits` returns).
+      edits: A SelfEdit, several, or lists of them (one per context, as `sample_edits` returns).
       eos_id: Ends a text; the tokenizer's by default.
     """
     eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
     if eos_id is None:
         raise SealError("the tokenizer names no end-of-text token: pass eos_id")
     candidates = []
-    for item in edits:
+    for item in [edits] if isinstance(edits, SelfEdit) else edits:
         for written in [item] if isinstance(item, SelfEdit) else item:
             candidates.append(_candidate(task, written, tokenizer, eos_id, settings))
     return Batch(tuple(candidates), settings, eos_id)
@@ -121,15 +122,26 @@ def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
 def candidate(
     edit: Edit, name: int, tokenizer: Any, eos_id: int, settings: config_lib.Inner
 ) -> Candidate:
-    """Returns what an edit trains on; nothing, where it asks for more steps than allowed."""
-    texts = tuple(tokenize(edit, tokenizer, eos_id, settings))
+    """Returns what an edit trains on; nothing, where it asks for what cannot be done."""
     rate = settings.learning_rate if edit.learning_rate is None else edit.learning_rate
     epochs = settings.epochs if edit.epochs is None else edit.epochs
+    if not 0 <= rate < math.inf or not epochs >= 0 or epochs != int(epochs):
+        reason = f"asks for {epochs} epochs at a learning rate of {rate}"
+        return Candidate((), settings.learning_rate, 0, name, reason)
+    texts, epochs = tuple(tokenize(edit, tokenizer, eos_id, settings)), int(epochs)
     steps = epochs * len(steps_of(texts, settings.batch_size))
     if settings.max_steps and steps > settings.max_steps:
         reason = f"asks for {steps} steps, more than {settings.max_steps}"
         return Candidate((), rate, 0, name, reason)
     return Candidate(texts, rate, epochs, name)
+
+
+def check_vocabulary(batch: Batch, size: int) -> None:
+    """Raises SealError where a text has tokens that a model of `size` of them does not know."""
+    texts = (text for candidate in batch.candidates for text in candidate.texts)
+    most = max((int(np.max(text.tokens, initial=0)) for text in texts), default=0)
+    if most >= size:
+        raise SealError(f"the tokenizer makes token {most}, the model knows {size}")
 
 
 def steps_of(texts: Sequence[Text], batch_size: int) -> list[list[list[Text]]]:

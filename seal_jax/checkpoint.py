@@ -275,7 +275,7 @@ def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
     re-saved ones are misread by older tools; but config.json names the type of these weights, to
     which transformers would round them. The folder appears complete or not at all.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
     files.check_free(folder)
     work = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(work, ignore_errors=True)

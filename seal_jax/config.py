@@ -26,6 +26,13 @@ Share = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]
 Count = typing.Annotated[int, pydantic.Field(ge=0)]
 Positive = typing.Annotated[int, pydantic.Field(ge=1)]
 Rate = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Finite = typing.Annotated[float, pydantic.Field(allow_inf_nan=False)]
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("one of them appears twice")
+    return names
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,10 @@ class Lora:
     """A low-rank adapter; its product is scaled by alpha / rank."""
 
     rank: Positive = 32
-    alpha: float = 64.0
-    targets: typing.Annotated[tuple[Target, ...], pydantic.Field(min_length=1)] = ("q", "v")
+    alpha: Finite = 64.0
+    targets: typing.Annotated[
+        tuple[Target, ...], pydantic.Field(min_length=1), pydantic.AfterValidator(_distinct)
+    ] = ("q", "v")
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,7 @@ class Outer:
     """Inner loops per self-edit; its reward is their mean."""
     keep: Count = 1
     """Best self-edits kept of each context; 0 keeps all that reach min_reward."""
-    min_reward: float | None = None
+    min_reward: Finite | None = None
     """Self-edits below it are never kept; the paper has no threshold for SQuAD, 1 for ARC."""
     adapt: Literal["policy", "base"] = "policy"
     """Which model applies a self-edit: the policy that wrote it, or the model before any round, so

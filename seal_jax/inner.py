@@ -13,6 +13,7 @@ from seal_jax import batching, lanes, lora, optim, residents, sharding, streams
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch
+from seal_jax.errors import SealError
 from seal_jax.lora import Adapter
 from seal_jax.optim import Measures
 from seal_jax.params import Params
@@ -129,7 +130,12 @@ def chunk_size(settings: config_lib.Inner) -> int:
 
 
 def arrange(params: Params, batch: Batch, key: jax.Array) -> Iterator[slots_lib.Chunk]:
-    """Yields the chunks in which a batch is adapted: in lockstep on a mesh, else in lanes."""
+    """Yields the chunks in which a batch is adapted: in lockstep on a mesh, else in lanes.
+
+    Raises:
+      SealError: for token ids that the model does not know.
+    """
+    batching.check_vocabulary(batch, params.config.vocab_size)
     mesh, size = sharding.of(params), chunk_size(batch.settings)
     if mesh is None:
         return lanes.arrange(batch, size, key)
@@ -192,6 +198,8 @@ def adapt_many(
     Args:
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
     """
+    if not len(batch):
+        raise SealError("adapt_many: no self-edits were given")
     adapters, losses, places, most = [], [], [], 0
 
     def work(chunk: slots_lib.Chunk) -> tuple[slots_lib.Chunk, Adapter, jax.Array]:

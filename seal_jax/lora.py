@@ -70,7 +70,9 @@ def init(config: "ModelConfig", settings: config_lib.Lora, key: jax.Array) -> Ad
     """Returns a fresh adapter that changes nothing: a Kaiming-uniform, b zero, as PEFT does."""
     tree = shapes(config, settings)
     # One draw for all targets: compiling seven of them takes seconds on a CPU.
-    flat = jax.random.uniform(key, (sum(x.size for x in tree.a.values()),), minval=-1.0)
+    flat = jax.random.uniform(
+        key, (sum(x.size for x in tree.a.values()),), jnp.float32, minval=-1.0
+    )
     a, start = {}, 0
     for target, leaf in tree.a.items():
         part = flat[start : start + leaf.size].reshape(leaf.shape)
@@ -156,6 +158,8 @@ def concat(adapters: Sequence[Adapter]) -> Adapter:
     if not adapters:
         raise SealError("concat: no adapters were given")
     first = adapters[0]
+    if len({leaf.ndim for x in adapters for leaf in x.a.values()}) > 1:
+        raise SealError("concat: some adapters are stacked, some are single")
     if any(set(x.a) != set(first.a) for x in adapters):
         raise SealError("concat: the adapters adapt different projections")
     if not first.scale:

@@ -49,17 +49,18 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config) -> Path:
+def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config | ModelConfig) -> Path:
     """Writes an adapter that PEFT, vLLM and `load_peft` read; returns its folder.
 
     The folder appears complete or not at all.
 
     Args:
       adapter: Of one candidate; `lora.take` picks one of many.
-      cfg: `cfg.model.path` is written down as the base model.
+      cfg: `cfg.model.path` is written down as the base model; an architecture names none.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
     check_single(adapter)
+    model = cfg.model if isinstance(cfg, config_lib.Config) else None
     files.check_free(folder)
     tensors = {}
     for target, a in adapter.a.items():
@@ -70,8 +71,8 @@ def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config) -> P
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": cfg.model.path,
-        "revision": cfg.model.revision,
+        "base_model_name_or_path": model and model.path,
+        "revision": model and model.revision,
         "r": adapter.rank,
         "lora_alpha": _alpha(adapter),
         "lora_dropout": 0.0,
@@ -100,7 +101,9 @@ def load_peft(folder: str | Path, cfg: config_lib.Config | ModelConfig) -> Adapt
     Raises:
       SealError: names the setting or tensor that is missing, misshapen or not supported.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise SealError(f"{folder}: no such folder")
     config = cfg
     if isinstance(cfg, config_lib.Config):
         config = checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))

@@ -13,6 +13,7 @@ from seal_jax import (
     checkpoint,
     chunks,
     inner,
+    lora,
     multihost,
     readers,
     sampling,
@@ -84,9 +85,11 @@ def score(
     """Returns the reward, answers and verdicts of each adapter.
 
     Args:
-      adapters: Stacked [c, ...], an equal number for each context, in order of contexts. None
-        scores the bare model, once for each context.
+      adapters: Stacked [c, ...], an equal number for each context, in order of contexts. A single
+        one, or None for the bare model, is scored once for each context.
     """
+    if adapters is not None and next(iter(adapters.a.values())).ndim == 3:
+        adapters = lora.stack([adapters] * len(contexts))
     c = next(iter(adapters.a.values())).shape[0] if adapters is not None else len(contexts)
     if not contexts or c % len(contexts):
         raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")

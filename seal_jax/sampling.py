@@ -71,8 +71,11 @@ def decode(
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")
-    if samples < 1 or temperature < 0:
-        raise SealError(f"samples={samples}, temperature={temperature}: expected at least 1 and 0")
+    if samples < 1 or not 0 <= temperature < np.inf or not 0 < top_p <= 1:
+        raise SealError(
+            f"samples={samples}, temperature={temperature}, top_p={top_p}: expected at least 1, at "
+            "least 0, and above 0 up to 1"
+        )
     if temperature and key is None:
         raise SealError("a temperature above 0 needs a key")
     own = adapters is not None and next(iter(adapters.a.values())).ndim == 4
@@ -219,6 +222,8 @@ def generate(
     Raises:
       SealError: where the prompts cannot be shared out among the adapters.
     """
+    if isinstance(prompts, str):
+        raise SealError("generate: expected a list of prompts, not one text")
     own = adapters is not None and next(iter(adapters.a.values())).ndim == 4
     c = next(iter(adapters.a.values())).shape[0] if own else 1
     if not prompts:
@@ -249,9 +254,21 @@ def constrain(lm: LM, language: Automaton) -> Grammar:
 
 
 def encode(lm: LM, prompt: str) -> list[int]:
-    """Returns a prompt's ids; an empty one becomes the token that starts or ends texts."""
-    ids = lm.tokenizer(prompt)["input_ids"]
-    return ids or [lm.config.bos_id if lm.config.bos_id is not None else lm.config.eos_ids[0]]
+    """Returns a prompt's ids; an empty one becomes the token that starts or ends texts.
+
+    Raises:
+      SealError: for ids that the model does not know, or where no token starts or ends texts.
+    """
+    config = lm.config
+    start = () if config.bos_id is None else (config.bos_id,)
+    ids = lm.tokenizer(prompt)["input_ids"] or [*start, *config.eos_ids][:1]
+    if not ids:
+        raise SealError("an empty prompt, and the model names no token that starts or ends a text")
+    if max(ids) >= config.vocab_size:
+        raise SealError(
+            f"the tokenizer makes token {max(ids)}, the model knows {config.vocab_size}"
+        )
+    return ids
 
 
 def text(lm: LM, sequence: Output) -> str:

@@ -38,6 +38,7 @@ def finetune(
         )
     one = batching.Candidate(texts, settings.learning_rate, settings.epochs, 0)
     batch = batching.Batch((one,), loop, end)
+    batching.check_vocabulary(batch, lm.config.vocab_size)
     (chunk,) = slots_lib.arrange(batch, 1, key)
     mesh = sharding.of(lm.params)
     slots = sharding.share(_one(chunk.slots, sharding.data_size(mesh)), mesh)

@@ -119,5 +119,5 @@ def sample_edits(
     cfg: config_lib.Config,
 ) -> list[list[SelfEdit]]:
     """Returns, for each context, n self-edits (`cfg.sampling.n` by default)."""
-    written = write(lm, task, contexts, n or cfg.sampling.n, key, cfg)
+    written = write(lm, task, contexts, cfg.sampling.n if n is None else n, key, cfg)
     return [[one.edit for one in of_context] for of_context in written]

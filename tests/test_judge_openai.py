@@ -69,7 +69,7 @@ class Server:
                 with lock:
                     server.busy -= 1
                 if step is None:  # hang up
-                    self.connection.close()
+                    self.close_connection = True
                     return
                 status, headers, text = step
                 self.send_response(status)
