@@ -1,18 +1,16 @@
-"""Voting: many predictions of one test output become two attempts.
+"""Voting: many predictions of one test output become two attempts, as in the reference.
 
 Predictions are grouped by what undid them. All predictions together, and each group, name three
-candidates: their most frequent grids, filled up with the grid of most frequent columns and that of
-most frequent rows. The candidates named most often are the attempts.
+candidates: their most frequent grids, filled up with the grid of most frequent rows and that of
+most frequent columns. The three candidates named most often decide: the first is the first attempt,
+and where the other two were named equally often, the one predicted more often without a
+transformation is the second.
 
-Ties. Among equally frequent grids, the smaller text names candidates first. Among equally named
-candidates, and among equally frequent rows or shapes, the first in a Python set of them wins, as in
-the reference: tuples of integers hash alike in every process. For the second attempt, a grid that
-was predicted without a transformation comes before others. Where the reference leaves a tie to
-numpy's unstable argsort, its answer depends on the machine; ours does not.
+Ties. Among equally frequent grids the first in a Python set of them wins, then the last, as in the
+reference: tuples of integers hash alike in every process. The order of the rest the reference
+leaves to numpy's argsort, which differs between machines where it is not stable; ours is.
 """
 
-import json
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,49 +20,59 @@ from seal_jax.tasks.arc.predict import Prediction
 
 Rows = tuple[tuple[int, ...], ...]
 
-CANDIDATES = 3
+GROUPS = (None, "Transpose()", "Flip(0)", "Flip(1)", "Rotate(180)", "Rotate(270)")
+"""Predictions undone in any other way only count among all."""
 
 
 def vote(predictions: Sequence[Prediction | tuple[Grid, str | None]]) -> list[Grid]:
     """Returns two attempts; equal ones if all predictions are, none if there are none."""
-    found = [(_rows(grid), inverter) for grid, inverter in predictions]
-    if not found:
-        return []
     groups: dict[str | None, list[Rows]] = {}
-    for rows, inverter in found:
-        groups.setdefault(inverter, []).append(rows)
-    named = _candidates([rows for rows, _ in found])
-    for group in groups.values():
-        named += _candidates(group)
-    order = sorted(set(named), key=named.count, reverse=True)  # stable: ties as in the set
-    first, *rest = order
-    tied = [rows for rows in rest if named.count(rows) == named.count(rest[0])]
-    plain = [rows for rows in tied if rows in groups.get(None, ())]
-    second = (plain or tied or [first])[0]
+    for grid, inverter in predictions:
+        groups.setdefault(inverter, []).append(_rows(grid))
+    if not groups:
+        return []
+    named = _candidates([rows for group in groups.values() for rows in group])
+    for name in GROUPS:
+        named += _candidates(groups[name]) if name in groups else []
+    first, second, third = _candidates(named)
+    if None in groups and named.count(second) == named.count(third):
+        plain = groups[None].count
+        second = second if plain(second) > plain(third) else third
     return [_grid(first), _grid(second)]
 
 
 def majority(predictions: Sequence[Grid], columns: bool = False) -> Grid:
     """Returns the grid of the most frequent rows (or columns) at each place.
 
-    Only predictions of the most frequent shape count.
+    It has the most frequent shape; predictions of another shape count for the rows that they have,
+    if these are as wide.
     """
-    turned = [grid.T if columns else grid for grid in map(np.asarray, predictions)]
-    shapes = [grid.shape for grid in turned]
-    shape = _most_frequent(shapes)
-    kept = [_rows(grid) for grid in turned if grid.shape == shape]
-    rows = [_most_frequent([grid[i] for grid in kept]) for i in range(shape[0])]
-    grid = np.array(rows, np.int8).reshape(shape)
+    turned = [_rows(np.asarray(grid).T if columns else grid) for grid in predictions]
+    shapes = [_grid(rows).shape for rows in turned]
+    height, width = _most_frequent(shapes)
+    rows = [
+        _most_frequent([x[i] for x in turned if len(x) > i and len(x[i]) == width])
+        for i in range(height)
+    ]
+    grid = np.array(rows, np.int8).reshape(height, width)
     return grid.T if columns else grid
 
 
 def _candidates(group: Sequence[Rows]) -> list[Rows]:
-    counts = Counter(group)
-    top = sorted(counts, key=lambda rows: (-counts[rows], json.dumps(rows)))[:CANDIDATES]
-    if len(top) < CANDIDATES:
-        shown = [_grid(rows) for rows in group]
-        top += [_rows(majority(shown, columns=True)), _rows(majority(shown))]
-    return top[:CANDIDATES]
+    """Returns three grids, the most frequent one first; of few different ones some are equal."""
+    unique = list(set(group))
+    counts = [group.count(rows) for rows in unique]
+    order = [unique[i] for i in np.argsort(counts, kind="stable")[::-1]]
+    first = unique[int(np.argmax(counts))]
+    second = order[1] if len(order) > 1 else first
+    third = order[2] if len(order) > 2 else first
+    shown = [_grid(rows) for rows in group]
+    by_rows, by_columns = (_rows(majority(shown, columns)) for columns in (False, True))
+    if second == first:  # also where the first of a tie is not the last in order
+        second = by_rows if by_rows != first else by_columns
+    if third in (first, second):
+        third = by_rows if by_rows not in (first, second) else by_columns
+    return [first, second, third]
 
 
 def _most_frequent(values: list) -> tuple:
