@@ -84,6 +84,22 @@ def test_training_texts_are_the_reference_s(name):
         assert texts == case["expected"], case["id"]
 
 
+def test_odd_questions_lines_and_thoughts_are_split_as_the_reference_does():
+    """By the reference's public code; a self-edit of Qwen2.5-7B begins as the first does."""
+    split = lambda text, **style: [x[2:] for x in squad.training_texts(text, "P.", "T", **style)]
+    asked = "Question: Who?\n\nAnswer: I\n\nQuestion 2:  Question: Why?\nAnswer: So"
+    first, second = asked.split("\nQ")
+    assert split(asked) == [first, f"Q{second}", "P."]
+    assert split("Questions\nQuestion 1: Who?\nAnswer: I")[0] == "Questions"
+    assert split("Who?\nAnswer: I\nQuestion 2: Why?\nAnswer: So")[0].startswith("Question 1: Who?")
+    assert split("One.\u2028Two.\x0cThree.\x85Four.") == ["One.", "Two.", "Three.", "Four.", "P."]
+    thought = "It says so.\nHence.\nImplications:\n 1. One.\n2. Two.\nImplications:\nThree."
+    style = "implications-chain-of-thought"
+    assert split(thought, style=style) == ["1. One.", "2. Two.", "Implications:", "Three.", "P."]
+    assert split("No list.\nAt all.", style=style) == ["No list.", "At all.", "P."]
+    assert split(thought)[0] == "It says so."
+
+
 def test_numbers_of_training_texts_add_up():
     """Where this copy holds a whole data set; a slice of it stays below every total."""
     totals = shared_data.read("ki_goldens/build_train_sequences_totals.json")

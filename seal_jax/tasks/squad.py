@@ -26,29 +26,31 @@ _STYLES = {
     "implications": (_LIST.format(""), "Implications:\n"),
     "implications-long": (_LIST.format("long "), "Implications:\n"),
     "implications-very-long": (_LIST.format("very long "), "Implications:\n"),
-    "implications-chain-of-thought": (
-        "think step by step about what it says. Then " + _LIST.format(""),
-        "Let's think step by step.\n",
-    ),
     "rewrite": (
         "rewrite it in a few different ways, each one separated by a newline.",
         "Rewritten passages:\n",
     ),
     "self-qa": ("rewrite it in a question-answer format.", "Question 1: "),
 }
-STYLES = (*_STYLES, "none", "compact")
+# Words of the reference's second version; only these two differ in form from the others.
+_THINK = (
+    "Let's read the following passage, think step by step, and then "
+    + _LIST.format("")
+    + ' We should first generate a "Thought Process" and then "Implications"'
+)
+STYLES = (*_STYLES, "implications-chain-of-thought", "none", "compact")
 
 _QUESTION = re.compile(r"Question\s+\d+:")
 _ANSWER = re.compile(r"Answer\s*:")
+_THOUGHTS = re.compile(r"\A.*?\nImplications:\s*", re.DOTALL)
 _BEFORE_QUESTION = re.compile(r"\n(?=Question\s+\d+:)")
 
 
 def prompt(title: str, passage: str, style: str = "implications", chat: bool = False) -> str:
     """Returns the text that asks for a self-edit.
 
-    No golden covers two styles of the paper, so their words are ours: `none` gives the passage
-    and leaves the rest to the model; `implications-chain-of-thought` asks for reasoning before
-    the list. `compact` is the tiny world's.
+    `none` gives the passage and leaves the rest to the model; `implications-chain-of-thought` asks
+    for reasoning before the list; `compact` is the tiny world's.
 
     Args:
       chat: The variant for instruction-tuned models. As in the reference it always asks for
@@ -63,11 +65,14 @@ def prompt(title: str, passage: str, style: str = "implications", chat: bool = F
         )
     if style == "compact":
         return f"Passage: {passage}\nImplications:\n"
+    shown = f"Passage:\n{title}\n{passage}\n\n"
     if style == "none":
-        return f"{title}\n{passage}\n\n"
+        return shown
+    if style == "implications-chain-of-thought":
+        return f"{_THINK}\n\n{shown}Thought Process:\n"
     request, opening = _STYLES[style]
     request = f"Let's read the following passage and {request}"
-    return f"{request}\n\nPassage:\n{title}\n{passage}\n\n{opening}"
+    return f"{request}\n\n{shown}{opening}"
 
 
 def answer_prompt(
@@ -101,7 +106,7 @@ def training_texts(
     Each is headed by the title. Parts are separated by `---`, and by newlines if asked:
 
     * a self-edit of numbered questions with answers is split before each `Question n:`, its
-      first question numbered where the prompt has already written `Question 1: `;
+      first part headed by the `Question 1: ` of the prompt unless it begins with `Question`;
     * any other is split into lines without blank ones; where the second line begins a numbered
       list (`1.`), the first is its heading and left out.
 
@@ -109,15 +114,18 @@ def training_texts(
     that ends its paragraph. A blank self-edit is one blank part if not split, else none.
 
     Args:
-      style: Only `compact` makes a difference: lines and passage as they are, without a title.
+      style: Of `compact` lines and passage stay as they are, without a title. After thinking, only
+        what follows `Implications:` counts.
     """
     if style == "compact":
         return [*_lines(self_edit), passage.strip()]
+    if style == "implications-chain-of-thought":
+        self_edit = _THOUGHTS.sub("", self_edit, count=1)
     segments = [part.strip() for part in self_edit.split("---") if part.strip()]
     parts = segments or [self_edit.strip()]
     if split_newlines and _QUESTION.search(self_edit) and _ANSWER.search(self_edit):
         parts = _BEFORE_QUESTION.split(self_edit.strip())
-        if not _QUESTION.match(parts[0]):
+        if not parts[0].startswith("Question"):
             parts[0] = f"Question 1: {parts[0].strip()}"
     elif split_newlines:
         parts = [line for part in parts for line in _lines(part)]
@@ -229,7 +237,7 @@ def make(
 
 
 def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _chat(system: str, user: str) -> str:
