@@ -4,7 +4,6 @@ A grid is a 2-D int8 array of colours 0-9, at most 30 by 30. Its code is its row
 such as `012/345`: hashable, and what duplicates are found by.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ MAX_SIDE = 30
 COLOURS = 10
 WORDS = tuple("Black Blue Red Green Yellow Gray Pink Orange Purple Brown".split())
 _MAX_TEXT = 8192  # a reply of the largest grid has about 2,000 characters
-_NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
 
 
 def make(rows: Sequence[Sequence[int]], where: str) -> Grid:
@@ -102,19 +100,18 @@ def parse_grid(text: Any) -> Grid | None:
 def parse_as_reference(text: str) -> Grid | None:
     """Returns what the reference reads in a text that holds a grid alone, with its quirks.
 
-    Numbers are poured into as many rows as the text has lines, ragged or not; they wrap to int8;
-    no numbers at all are a grid of one row without columns.
+    Numbers are whatever Python takes for integers once brackets are gone (`1][2` is 12). They are
+    poured into as many rows as the text has lines, ragged or not, and wrap to int8; no numbers at
+    all are a grid without columns.
     """
     if len(text) > _MAX_TEXT:
         return None
-    words = text.replace("[", " ").replace("]", " ").split()
-    if not all(_NUMBER.fullmatch(word) for word in words):
-        return None
     rows = text.count("\n") + 1
-    if len(words) % rows:
+    try:
+        numbers = [int(word) for word in text.replace("[", "").replace("]", "").split()]
+        return np.array(numbers).reshape(rows, len(numbers) // rows).astype(np.int8)
+    except (ValueError, OverflowError):
         return None
-    wrapped = [(int(word) + 128) % 256 - 128 for word in words]
-    return np.array(wrapped, np.int8).reshape(rows, -1 if words else 0)
 
 
 def decode_as_reference(text: str) -> Grid | None:
