@@ -317,7 +317,7 @@ def arc_rows() -> Iterator[Row]:
         "votes that hang on how equal counts are sorted, in the reference by the machine",
         "`vote.json`",
         len(tied),
-        f"{len(tied) - agreed} differ",
+        f"{len(tied) - agreed} differ" if agreed < len(tied) else "none",
     )
 
 

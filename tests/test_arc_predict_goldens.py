@@ -52,20 +52,13 @@ def test_votes_and_majorities():
 
 
 def test_votes_that_hang_on_unstable_sorting():
-    """Where the reference's own answer depends on the machine, ours is one of the outputs' grids.
-
-    Of the public cases of this kind 9 of 12 equal an answer the reference may give; the tie rules
-    of its argsort are not known to us beyond that.
-    """
+    """Where the reference's own answer depends on the machine, ours is one that it may give."""
     rows = [row for row in golden("vote.json") if row["tie_sensitive"]]
-    agreed = 0
+    assert rows
     for row in rows:
         found = [(np.array(each["output"], np.int8), each["inverter"]) for each in row["outputs"]]
         attempts = [grid.tolist() for grid in voting.vote(found)]
-        outputs = [each["output"] for each in row["outputs"]]
-        assert attempts[0] in outputs and attempts[0] != attempts[1]
-        agreed += attempts in row["acceptable"]
-    assert agreed >= 0.7 * len(rows)
+        assert attempts in row["acceptable"]
 
 
 def test_submissions_and_scores():
