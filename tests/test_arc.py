@@ -141,6 +141,21 @@ def test_votes_are_won_by_the_most_frequent_and_survive_odd_sizes():
     assert grids.code(voting.majority([one, one, grids.decode("92/34")])) == "12/34"
 
 
+def test_a_majority_takes_rows_of_every_grid_that_has_them():
+    shown = [grids.decode(code) for code in ("12/34", "52/34", "52", "7/8/9")]
+    assert grids.code(voting.majority(shown)) == "52/34"  # the third has a say in the first row
+    turned = [grids.decode(code) for code in ("13/24", "53/24", "5/2", "789")]
+    assert grids.code(voting.majority(turned, columns=True)) == "53/24"
+
+
+def test_undone_in_another_way_predictions_count_among_all_alone():
+    one, two = (grids.decode(code) for code in ("1", "2"))
+    found = [(one, None), (two, "Rotate(90)"), (two, "Rotate(90)")]
+    assert [grids.code(grid) for grid in arc.vote(found)] == ["1", "2"]
+    found = [(one, None), (two, "Rotate(270)"), (two, "Rotate(270)")]
+    assert [grids.code(grid) for grid in arc.vote(found)] == ["2", "1"]
+
+
 def test_of_two_equal_grids_the_untransformed_is_the_second_attempt():
     top, plain, other = (grids.decode(code) for code in ("12", "22", "01"))
     found = [(other, "Flip(1)"), (top, "Rotate(270)"), (top, "Flip(0)"), (plain, None)]
