@@ -185,8 +185,16 @@ def stack(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def take(adapters: Adapter, index: jax.Array | np.ndarray | int | Sequence[int]) -> Adapter:
-    """Returns some of the stacked adapters."""
-    return _taken(adapters, index if isinstance(index, jax.Array) else np.asarray(index))
+    """Returns some of the stacked adapters.
+
+    Raises:
+      SealError: for one that is not there (JAX would take the last).
+    """
+    if not isinstance(index, jax.Array):
+        index, count = np.asarray(index), jax.tree.leaves(adapters)[0].shape[0]
+        if index.size and not -count <= index.min() <= index.max() < count:
+            raise SealError(f"there are {count} adapters, not one at {index.tolist()}")
+    return _taken(adapters, index)
 
 
 @jax.jit  # one program, not several for each array

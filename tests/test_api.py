@@ -61,6 +61,7 @@ def test_what_cannot_be_done_is_said(tiny):
         "top_p=1.5": lambda: seal.generate(lm, ["a"], temperature=1.0, top_p=1.5, key=key),
         "samples=0": lambda: seal.sample_edits(lm, task, task.contexts[:1], 0, key=key, cfg=cfg),
         "some adapters are stacked": lambda: seal.concat([adapters, single]),
+        "there are 2 adapters, not one at 2": lambda: seal.lora.take(adapters, 2),
         "no such folder": lambda: seal.load_peft("nosuch", cfg),
     }
     for words, call in calls.items():
