@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import seal_jax as seal
-from seal_jax import checkpoint, config, outer, rewards, state
+from seal_jax import checkpoint, config, outer, rewards, state, writing
 from seal_jax.policies import Policies
 
 SMALL = [
@@ -30,7 +30,7 @@ def test_a_run_of_two_rounds_holds_one_model_at_every_stage(adapt, tmp_path, mon
         return sum(x.shape == shape for x in jax.live_arrays())
 
     before, seen = held(), []
-    for module, name in ((rewards, "write"), (rewards, "evaluate"), (outer, "finetune")):
+    for module, name in ((writing, "write"), (rewards, "evaluate"), (outer, "finetune")):
         stage = getattr(module, name)
 
         def noted(lm, *args, stage=stage, name=name, **kwargs):
