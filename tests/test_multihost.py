@@ -130,7 +130,9 @@ def test_two_processes_leave_the_records_of_one(home, alone):
     assert "write self-edits" in texts[0] and "write self-edits" not in texts[1]
 
 
-@pytest.mark.parametrize("setting", ["single", "cpt", "continual"])
+@pytest.mark.parametrize(
+    "setting", ["single", pytest.param("cpt", marks=pytest.mark.slow), "continual"]
+)
 def test_two_processes_evaluate_as_one_does(home, setting):
     length = ["evaluation.continual.sequences=1", "evaluation.continual.length=2"]
     words = [*settings(home, "evaluation.contexts=3", *length), setting, "--run"]
