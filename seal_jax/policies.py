@@ -7,8 +7,7 @@ from pathlib import Path
 
 import jax
 
-from seal_jax import checkpoint, files, sharding, state
-from seal_jax import config as config_lib
+from seal_jax import checkpoint, files, runs, sharding, state
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 from seal_jax.params import Params
@@ -60,10 +59,7 @@ def export(run: str | Path, folder: Path, name: str | None = None) -> Path:
       SealError: where there is no such run or policy, before the model is loaded.
     """
     home = files.path(run)
-    settings = files.read(home / "config.yaml")
-    if settings is None:
-        raise SealError(f"{home}: no run there (no config.yaml)")
-    cfg = config_lib.parse(settings, str(home / "config.yaml"))
+    cfg = runs.settings(home)
     rounds = range(cfg.outer.rounds)
     known = [f"control/round_{i}" for i in rounds] + [f"round_{i}" for i in rounds]
     known = [x for x in known if files.exists(home / x / "policy")]

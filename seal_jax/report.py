@@ -1,7 +1,6 @@
 """One HTML file from a run folder: figures, tables, self-edits. It needs nothing beside it."""
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,10 +50,7 @@ def write(run: str | Path, out: str | Path | None = None) -> files.AnyPath:
       SealError: where there is no run, or a record is damaged.
     """
     home = files.path(run)
-    settings = files.read(home / "config.yaml")
-    if settings is None:
-        raise SealError(f"{home}: no run there (no config.yaml)")
-    cfg = config_lib.parse(settings, str(home / "config.yaml"))
+    cfg = runs.settings(home)
     file = home / "report.html" if out is None else files.path(out)
     try:
         text = _render(home, cfg)
@@ -67,7 +63,7 @@ def write(run: str | Path, out: str | Path | None = None) -> files.AnyPath:
 def _render(home: files.AnyPath, cfg: Config) -> str:
     rounds = [_round(home, f"round_{i}") for i in range(cfg.outer.rounds)]
     rounds = [each for each in rounds if each.edits]
-    table, metrics = _table(home), _lines(home / "metrics.jsonl")
+    table, metrics = _table(home), runs.whole_records(home / "metrics.jsonl")
     loops = [row for row in metrics if "candidates_per_second" in row]
     over = [each for each in rounds if each.summary]
     losses = [pair for pair in map(_losses, rounds) if pair[1]]
@@ -101,22 +97,10 @@ def _json(file: files.AnyPath) -> Any:
     return runs.read_json(file) if files.exists(file) else None
 
 
-def _lines(file: files.AnyPath) -> list[runs.Record]:
-    """Returns the whole records of a file that a run may be writing; it is left as it is."""
-    data = files.read(file) or b""
-    found = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise SealError(f"{file}, line {number}: not valid JSON") from error
-    return found
-
-
 def _round(home: files.AnyPath, name: str) -> Round:
     place = home / name
-    summary = _json(place / "summary.json")
-    return Round(name, summary, _lines(place / "edits.jsonl"), _lines(place / "rewards.jsonl"))
+    edits, rewards = (runs.whole_records(place / f"{x}.jsonl") for x in ("edits", "rewards"))
+    return Round(name, _json(place / "summary.json"), edits, rewards)
 
 
 def _shown(each: Round) -> list[Shown]:

@@ -52,6 +52,18 @@ def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
     return path
 
 
+def settings(path: files.AnyPath) -> config_lib.Config:
+    """Returns the settings of the run in a folder.
+
+    Raises:
+      SealError: where there is none.
+    """
+    found = files.read(path / "config.yaml")
+    if found is None:
+        raise SealError(f"{path}: no run there (no config.yaml)")
+    return config_lib.parse(found, str(path / "config.yaml"))
+
+
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Returns the dotted keys in which two groups of settings differ."""
     keys = []
@@ -126,14 +138,22 @@ def records(file: Path) -> list[Record]:
     Raises:
       SealError: where a line before the last is damaged, naming it.
     """
-    data = files.read(file)
-    if data is None:
-        return []
+    data = files.read(file) or b""
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         files.truncate(file, whole)
+    return _parsed(data[:whole], file)
+
+
+def whole_records(file: Path) -> list[Record]:
+    """Returns the whole records of a file that a run may be writing, which is left as it is."""
+    data = files.read(file) or b""
+    return _parsed(data[: data.rfind(b"\n") + 1], file)
+
+
+def _parsed(data: bytes, file: Path) -> list[Record]:
     found = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
+    for number, line in enumerate(data.splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
