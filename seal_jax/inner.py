@@ -30,7 +30,7 @@ def fit(
     settings: config_lib.Inner | config_lib.Sft,
     pin: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[Any, Measures]:
-    """Returns what is trained after all its steps, and measures [i] of each, NaN past the last.
+    """Returns what is trained after all its steps, and measures [i] of each, 0 past the last.
 
     Pure, for one candidate (no `c` axis). A step in which the candidate is not active changes
     nothing.
@@ -67,7 +67,7 @@ def fit(
         state = jax.tree.map(lambda a, b: jnp.where(active, a, b), new, state)
         return pin(state), measures
 
-    nothing = jnp.full(room, jnp.nan, jnp.float32)
+    nothing = jnp.zeros(room, jnp.float32)  # of NaN jax_debug_nans would complain
     start = (pin(optim.init(trained)), Measures(nothing, nothing, nothing))
     state, measures = jax.lax.fori_loop(0, slots.visits, visit, start)
     return state.trained, measures
@@ -81,7 +81,7 @@ def adapt(
     *,
     remat: bool = False,
 ) -> tuple[Adapter, Measures]:
-    """Returns one candidate's adapter after its inner loop, and measures [i] of each step."""
+    """Returns one candidate's adapter after its inner loop, and measures [i]: see `fit`."""
 
     def loss_of(adapter, tokens_bt, weights_bt, segments_bt):
         return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
@@ -145,7 +145,10 @@ def arrange(params: Params, batch: Batch, key: jax.Array) -> Iterator[slots_lib.
 def adapt_chunk(
     params: Params, batch: Batch, chunk: slots_lib.Chunk, key: jax.Array, lora_settings
 ) -> tuple[Adapter, jax.Array]:
-    """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included."""
+    """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included.
+
+    Losses are 0 past a candidate's last step.
+    """
     ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
     program = {"settings": loop_settings(batch.settings), "remat": recompute(batch.settings)}
     if isinstance(chunk.slots, lanes.Lanes):
@@ -209,9 +212,11 @@ def adapt_many(
 
     for chunk, some, loss in streams.ordered(work, arrange(params, batch, key)):
         adapters.append(some)
-        losses.append(sharding.fetch(loss))
+        steps_c1 = np.asarray(chunk.slots.total_c)[:, None]
+        loss_ci = sharding.fetch(loss)
+        losses.append(np.where(np.arange(loss_ci.shape[1]) < steps_c1, loss_ci, np.nan))
         places.append(chunk.index)
-        most = max(most, int(np.max(chunk.slots.total_c)))
+        most = max(most, int(np.max(steps_c1)))
     who = np.concatenate(places)
     real = np.flatnonzero(who >= 0)
     back = real[np.argsort(who[real])]

@@ -216,7 +216,7 @@ def run(
     settings: config_lib.Inner,
     remat: bool,
 ) -> tuple[Adapter, jax.Array]:
-    """Returns the adapters [c, ...] after their inner loops, and losses [c, i], NaN past the last.
+    """Returns the adapters [c, ...] after their inner loops, and losses [c, i], 0 past the last.
 
     Returns before the device is done.
 
@@ -229,7 +229,7 @@ def run(
     count = len(lanes.total_c)
     sizes = (lanes.residents, count, form.shape)
     state_c3ex, done_cex = _guarded(("empty", sizes), _empty, sizes)
-    losses_ci = jax.device_put(np.full((count, lanes.room), np.nan, np.float32))
+    losses_ci = jax.device_put(np.zeros((count, lanes.room), np.float32))
     taken, home = np.zeros(count, np.int32), np.zeros(count, np.int32)
 
     def moved(moves: Sequence[Move]) -> None:
