@@ -135,6 +135,7 @@ def test_votes_are_won_by_the_most_frequent_and_survive_odd_sizes():
     found = [(one, None), (one, "Flip(0)"), (two, None), (one, "Flip(1)"), (two, "Flip(0)")]
     assert [grids.code(grid) for grid in arc.vote(found)] == ["12/34", "1"]
     assert [grids.code(grid) for grid in arc.vote([(three, None)] * 2)] == ["5/6", "5/6"]
+    assert [grids.code(grid) for grid in arc.vote([two, one, one])] == ["12/34", "1"]  # bare
     assert arc.vote([]) == []
     empty = np.zeros((1, 0), np.int8)
     assert arc.vote([(empty, None), (empty.T, "Transpose()")])[0].size == 0
@@ -171,6 +172,8 @@ def test_submissions_are_read_back_and_bad_ones_refused(tmp_path):
     assert arc.score([puzzle()], made)["competition"] == [1.0, 1, 1.0]
     with pytest.raises(SealError, match="'other' is not among"):
         arc.score([puzzle()], {"other": made["p"]})
+    with pytest.raises(SealError, match=r"'p'\[0\]: expected 'attempt_1' and 'attempt_2'"):
+        arc.score([puzzle()], {"p": [{"attempt_1": [[0]]}]})
     path.write_text('{"p": [{"attempt_1": [[10]], "attempt_2": [[0]]}]}')
     with pytest.raises(SealError, match=r"'p'\[0\].attempt_1"):
         submissions.read(path)

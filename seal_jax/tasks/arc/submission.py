@@ -51,6 +51,9 @@ def score(
     Args:
       asked: All tasks, with their solutions.
       subpoints: A puzzle counts the share of its test inputs that are right.
+
+    Raises:
+      SealError: names the task that is unknown, has no solution, or lacks an attempt.
     """
     groups = tasks.puzzles(asked)
     if unknown := sorted(submission.keys() - groups.keys()):
@@ -60,7 +63,8 @@ def score(
         entries, group = submission[key], groups[key]
         if len(entries) != len(group):
             raise SealError(f"submission: task {key!r} has {len(group)} test inputs")
-        for task in group:
+        for i, task in enumerate(group):
+            _check_entry(entries[i], f"submission: task {key!r}[{i}]")
             if task.test.output is None:
                 raise SealError(f"task {task.name}: has no solution to score with")
         right[key] = [
@@ -101,8 +105,12 @@ def read(path: str | Path) -> Submission:
         if not isinstance(entries, list) or not entries:
             raise SealError(f"{where}: expected a list with an entry for each test input")
         for i, entry in enumerate(entries):
-            if not isinstance(entry, dict) or set(entry) != set(ATTEMPTS):
-                raise SealError(f"{where}[{i}]: expected 'attempt_1' and 'attempt_2'")
+            _check_entry(entry, f"{where}[{i}]")
             for name in ATTEMPTS:
                 grids.make(entry[name], f"{where}[{i}].{name}")
     return tree
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    if not isinstance(entry, dict) or set(entry) != set(ATTEMPTS):
+        raise SealError(f"{where}: expected 'attempt_1' and 'attempt_2'")

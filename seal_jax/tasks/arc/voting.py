@@ -24,10 +24,15 @@ GROUPS = (None, "Transpose()", "Flip(0)", "Flip(1)", "Rotate(180)", "Rotate(270)
 """Predictions undone in any other way only count among all."""
 
 
-def vote(predictions: Sequence[Prediction | tuple[Grid, str | None]]) -> list[Grid]:
-    """Returns two attempts; equal ones if all predictions are, none if there are none."""
+def vote(predictions: Sequence[Prediction | tuple[Grid, str | None] | Grid]) -> list[Grid]:
+    """Returns two attempts; equal ones if all predictions are, none if there are none.
+
+    A bare grid is a prediction that nothing undid.
+    """
     groups: dict[str | None, list[Rows]] = {}
-    for grid, inverter in predictions:
+    for one in predictions:
+        told = isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], str | None)
+        grid, inverter = one if told else (one, None)
         groups.setdefault(inverter, []).append(_rows(grid))
     if not groups:
         return []
