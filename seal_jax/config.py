@@ -246,7 +246,7 @@ class Task:
     ] = "implications"
     """How a self-edit is asked for (paper section B.11); compact is the tiny world's."""
     chat: bool = False
-    """Prompts for instruction-tuned models."""
+    """Prompts for instruction-tuned models, in Qwen's marks as the reference writes them."""
     split_newlines: bool = True
     """Each line of a self-edit is its own training text."""
     judge: Literal["offline", "exact", "openai", "model"] = "offline"

@@ -5,6 +5,7 @@ drawn does not depend on its company.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from seal_jax.tiles import Tile
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
+_MARK = re.compile(r"<\|\w+\|>")  # of a chat
 
 
 class Output(NamedTuple):
@@ -257,9 +259,16 @@ def encode(lm: LM, prompt: str) -> list[int]:
     """Returns a prompt's ids; an empty one becomes the token that starts or ends texts.
 
     Raises:
-      SealError: for ids that the model does not know, or where no token starts or ends texts.
+      SealError: for ids that the model does not know, where no token starts or ends texts, or for
+        a chat's prompt whose marks are another model's.
     """
     config = lm.config
+    mark = _MARK.match(prompt)
+    if mark and len(lm.tokenizer(mark[0], add_special_tokens=False)["input_ids"]) != 1:
+        raise SealError(
+            f"a prompt begins with {mark[0]}, a token that this model does not have: choose "
+            "task.chat and task.arc.format by the model"
+        )
     start = () if config.bos_id is None else (config.bos_id,)
     ids = lm.tokenizer(prompt)["input_ids"] or [*start, *config.eos_ids][:1]
     if not ids:

@@ -57,6 +57,9 @@ def test_what_cannot_be_done_is_said(tiny):
             lm.params, seal.pack(task, [], lm.tokenizer, cfg.inner), key, cfg
         ),
         "not one text": lambda: seal.generate(lm, "Hello"),
+        r"begins with <\|im_start\|>, a token that this model does not have": lambda: seal.generate(
+            lm, [seal.tasks.squad.answer_prompt("T", "Q?", chat=True)]
+        ),
         "temperature=nan": lambda: seal.generate(lm, ["a"], temperature=np.nan, key=key),
         "top_p=1.5": lambda: seal.generate(lm, ["a"], temperature=1.0, top_p=1.5, key=key),
         "samples=0": lambda: seal.sample_edits(lm, task, task.contexts[:1], 0, key=key, cfg=cfg),
