@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import sys
 from collections.abc import Callable
 
 from seal_jax import config as config_lib
@@ -43,6 +45,8 @@ def load_task(
         known = "squad, arc, tiny-world, tiny-grids or package.module:factory"
         raise SealError(f"task.name={name!r} is unknown: expected {known}")
     module, _, factory = name.partition(":")
+    if (here := os.getcwd()) not in sys.path:  # as `python -m` has it, and a script has not
+        sys.path.insert(0, here)
     try:
         made = getattr(importlib.import_module(module), factory)(settings)
     except (ImportError, AttributeError, TypeError) as error:
