@@ -93,7 +93,7 @@ def _questions(task: Task, context: Context) -> list[tuple[str, str]]:
     """Returns what a context asks, in few words, and what is right."""
     asked = task.questions(context)
     if context.questions:
-        return [(own.text, own.gold) for own in context.questions]
+        return [(own.text or own.prompt, own.gold) for own in context.questions]
     return [(f"question {i}", own.gold) for i, own in enumerate(asked, 1)]
 
 
@@ -134,7 +134,7 @@ def print_lesson(lesson: Lesson) -> None:
     """Prints the best self-edit and each question with its answers before and after."""
     if not multihost.leads():
         return
-    print(f"{lesson.context.title}: {len(lesson.edits)} self-edits")
+    print(f"{lesson.context.title or lesson.context.id}: {len(lesson.edits)} self-edits")
     for edit, reward, losses in zip(lesson.edits, lesson.rewards, lesson.losses, strict=True):
         real = losses[np.isfinite(losses)]
         change = f"loss {real[0]:.3f} to {real[-1]:.3f}" if len(real) else "trained nothing"

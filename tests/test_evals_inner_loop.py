@@ -38,7 +38,9 @@ def model_judge(replies, seen):
 def request_of(task, content):
     """Returns a request of the reference as ours; its questions bear their topic already."""
     (context,) = task.contexts
-    return inner_loop.Request(tuple(content["train_sequences"]), inner_loop.asked(task, [context]))
+    return inner_loop.Request(
+        inner_loop.documents(content["train_sequences"]), inner_loop.asked(task, [context])
+    )
 
 
 def context_of(content):
@@ -107,18 +109,18 @@ def test_special_requests_end_as_in_the_reference_or_as_errors():
     if not special:
         pytest.skip("this copy of the reference data has no special requests")
     empty = toy(questions=0)
-    nothing = inner_loop.Request(("T\nx",), ())
+    nothing = inner_loop.Request(inner_loop.documents(["T\nx"]), ())
     engine = inner_loop.one_by_one(task_of([empty]), fail, fail)
     assert wire.reply(engine([nothing])[0]) == special["no_questions"]["expected_reply"]
     five = toy(questions=5)
     graded = []
     task = task_of([five], lambda items: graded.extend(items) or all_right(items))
-    bare = inner_loop.Request((), inner_loop.asked(task, [five]))
+    bare = inner_loop.Request(inner_loop.documents([]), inner_loop.asked(task, [five]))
     engine = inner_loop.one_by_one(task, lambda prompts: ["ok"] * len(prompts), fail)
     expected = special["base_only_empty_sequences"]["expected_reply"]
     assert wire.reply(engine([bare])[0]) == expected
     assert len(graded) == 5  # nothing was trained: the same answers are not graded again
-    trained = bare._replace(texts=("T\nx",))
+    trained = bare._replace(edit=inner_loop.documents(["T\nx"]))
     with pytest.raises(RuntimeError, match="boom"):
         engine([trained])
     with pytest.raises(SealError, match="RuntimeError: boom"):

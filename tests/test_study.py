@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 
 from seal_jax import batching, checkpoint, config, experiment, runs, state
 from seal_jax.__main__ import main
-from seal_jax.errors import SealError
-from seal_jax.evals import study
+from seal_jax.errors import SealError, SelfEditError
+from seal_jax.evals import inner_loop, study
 from seal_jax.formats import continual as continual_file
 from seal_jax.formats import cpt as cpt_file
 from seal_jax.formats import results
+from seal_jax.tasks import Edit, Example
+from seal_jax.tasks.registry import load_task
 
 CONFIG = str(Path(__file__).parents[1] / "configs" / "tiny_world.yaml")
 SMALL = [
@@ -161,8 +164,12 @@ def test_given_self_edits_are_applied_to_their_own_passages_one_after_the_other(
     length = {"continual": config.Continual(sequences=2, length=3)}
     cfg = dataclasses.replace(cfg, evaluation=dataclasses.replace(cfg.evaluation, **length))
     trained = []
-    edit = lambda lm, texts, *rest: trained.append(sorted(texts)) or lm
-    monkeypatch.setattr(study.SETTINGS["continual"].__globals__["engine"], "edit", edit)
+
+    def apply(lm, edit, *rest):
+        trained.append(sorted(example.completion for example in edit.examples))
+        return lm
+
+    monkeypatch.setattr(study.SETTINGS["continual"].__globals__["engine"], "apply", apply)
     study.run(cfg, "continual", tmp_path / "run")
     expected = sorted([["A\nP.", "A\none"], ["A\nP.", "A\ntwo"], ["A\nP."]])
     assert sorted(trained[:3]) == sorted(trained[3:]) == expected
@@ -248,6 +255,54 @@ def test_continual_self_edits_are_written_by_the_edited_model(tmp_path):
     assert texts[0][0] == texts[1][0] and texts[0][1] != texts[1][1]
 
 
+CARD = re.compile("(Question: .+ Answer:)( .+)")
+
+
+def cards(settings):
+    """The tiny world, where the answers of questions alone are trained on, after the questions."""
+
+    def edit(context, text):
+        found = [m.groups() for m in map(CARD.fullmatch, text.splitlines()) if m]
+        if not found:
+            raise SelfEditError("there is no card")
+        return Edit(tuple(Example(answer, prompt) for prompt, answer in found))
+
+    own = lambda c: "\n".join(f"{q.prompt} {q.gold}" for q in c.questions)
+    some = lambda c: "no card" if c == world.held_out[0] else own(c)
+    world = load_task(dataclasses.replace(settings, name="tiny-world"))
+    return world._replace(edit=edit, references={"some": some})
+
+
+@pytest.mark.parametrize("setting", ["cpt", "continual"])
+def test_edits_with_prompts_are_trained_after_them_and_bad_ones_left_out(tmp_path, setting):
+    chosen = settings(
+        f"task.name={__name__}:cards",
+        "evaluation.self_edits=some",
+        "evaluation.continual.sequences=1",
+        "evaluation.continual.length=4",
+        "inner.epochs=10",
+        "inner.batch_size=16",
+        "inner.learning_rate=3e-3",
+    )
+    rows = rows_of(study.run(chosen, setting, tmp_path / "run"))
+    home = tmp_path / "run" / "eval" / setting
+    if setting == "cpt":
+        assert json.loads((home / "refused.json").read_text()) == ["there is no card"]
+        assert sum(rows["some self-edits"][1:]) > 3 * 0.8 and sum(rows["before training"]) < 1
+    else:
+        (record,) = runs.records(home / "sequences.jsonl")
+        assert record["refused"] == ["there is no card"]
+        assert rows["right after its edit"][0] > 0.5
+
+
+def test_without_a_self_edit_that_can_be_applied_there_is_no_policy(tmp_path):
+    few = "evaluation.contexts=1"
+    chosen = settings(f"task.name={__name__}:cards", "evaluation.self_edits=some", few)
+    with pytest.raises(SealError, match="no self-edit can be applied: there is no card"):
+        study.run(chosen, "cpt", tmp_path / "run")
+    assert not (tmp_path / "run" / "eval" / "cpt" / "policy").exists()
+
+
 def test_on_a_mesh_the_figures_are_those_of_one_device(tmp_path):
     """Two devices share out candidates, two the heads; edits are merged into weights on all."""
     chosen = ["evaluation.self_edits=oracle", "inner.epochs=10", "inner.batch_size=4"]
@@ -287,4 +342,5 @@ def test_an_edit_that_diverges_is_an_error_not_a_model():
     lm = checkpoint.load_model("tiny-world")
     cfg = settings("inner.learning_rate=1e30", "inner.clip=0", "inner.epochs=20")
     with pytest.raises(SealError, match="diverged; lower inner.learning_rate"):
-        engine.edit(lm, ["a b c"], batching.identity("x"), jax.random.key(0), cfg)
+        made, name = inner_loop.documents(["a b c"]), batching.identity("x")
+        engine.apply(lm, made, name, jax.random.key(0), cfg)

@@ -29,11 +29,15 @@ class Engine(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of one sequence: its accuracies, self-edits and last model."""
+    """What became of one sequence: its accuracies, self-edits and last model.
+
+    `refused` says why self-edits changed nothing that cannot be applied.
+    """
 
     matrix: Matrix
     self_edits: tuple[str, ...]
     model: Any
+    refused: tuple[str, ...] = ()
 
 
 def run(
@@ -55,8 +59,10 @@ def run(
     models: list[Any] = [base] * len(sequences)
     matrices = [[[0.0] * n for _ in range(n + 1)] for _ in sequences]
     written: list[list[str]] = [[] for _ in sequences]
+    refused: list[list[str]] = [[] for _ in sequences]
+    nothing = inner_loop.documents(())
     for i in range(n):
-        before = [Request((), inner_loop.asked(task, [sequence[i]])) for sequence in sequences]
+        before = [Request(nothing, inner_loop.asked(task, [sequence[i]])) for sequence in sequences]
         for matrix, right in zip(matrices, engine.answer(models, before), strict=True):
             matrix[0][i] = _share(right)
     for step in range(n):
@@ -71,10 +77,9 @@ def run(
         for s, (request, right) in enumerate(zip(requests, verdicts, strict=True)):
             matrices[s][step + 1] = _row(sequences[s][: step + 1], request, right, n)
             written[s].append(self_edits[s])
-    return [
-        Outcome(matrix, tuple(texts), model)
-        for matrix, texts, model in zip(matrices, written, models, strict=True)
-    ]
+            refused[s] += request.refused
+    rows = zip(matrices, written, models, refused, strict=True)
+    return [Outcome(matrix, tuple(texts), model, tuple(why)) for matrix, texts, model, why in rows]
 
 
 def edit_request(task: Task, seen: Sequence[Context], self_edit: str, step: int) -> Request:
@@ -84,9 +89,8 @@ def edit_request(task: Task, seen: Sequence[Context], self_edit: str, step: int)
     """
     context = seen[-1]
     text = self_edit if self_edit.strip() else context.passage
-    return Request(
-        inner_loop.texts(task, context, text), inner_loop.asked(task, seen), candidate=step
-    )
+    edit, refused = inner_loop.read(task, context, text)
+    return Request(edit, inner_loop.asked(task, seen), candidate=step, refused=refused)
 
 
 def _row(seen: Sequence[Context], request: Request, right: Verdicts, n: int) -> list[float]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from seal_jax.evals import inner_loop
 from seal_jax.evals.inner_loop import Engine, Reply, Request
-from seal_jax.tasks import Context, Task, squad
+from seal_jax.tasks import Context, Edit, Example, Task, squad
 
 
 def request(
@@ -16,21 +16,23 @@ def request(
     """Returns the one inner loop: every text of every self-edit, and the questions of all passages.
 
     Each self-edit brings its passage along, so a passage is trained on as often as it has
-    self-edits.
+    self-edits. Learning rates and epochs that self-edits ask for do not count; what one trains on
+    with all its tokens is a text without a prompt.
 
     Args:
       question_limit: Ask a sample of this size (seed 43, as the reference); 0 asks all.
     """
-    texts = [
-        text
-        for context, written in zip(contexts, self_edits, strict=True)
-        for self_edit in written
-        for text in inner_loop.texts(task, context, self_edit)
-    ]
+    examples, refused = [], []
+    for context, written in zip(contexts, self_edits, strict=True):
+        for self_edit in written:
+            edit, reason = inner_loop.read(task, context, self_edit)
+            whole = edit.loss_on == "all"
+            examples += [Example(x.prompt + x.completion) if whole else x for x in edit.examples]
+            refused += reason
     asked = inner_loop.asked(task, contexts)
     if question_limit:
         asked = tuple(squad.limit_questions(asked, question_limit))
-    return Request(tuple(texts), asked)
+    return Request(Edit(tuple(examples)), asked, refused=tuple(refused))
 
 
 def run(

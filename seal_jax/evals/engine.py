@@ -20,13 +20,12 @@ from seal_jax import (
     sft,
     sharding,
 )
-from seal_jax.batching import identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config, Sft
 from seal_jax.errors import SealError
 from seal_jax.evals import inner_loop
 from seal_jax.evals.inner_loop import Asked
-from seal_jax.tasks import Edit, Example, Task
+from seal_jax.tasks import Edit, Task
 
 
 def answer(lm: LM, prompts: Sequence[str], cfg: Config) -> list[str]:
@@ -38,24 +37,6 @@ def answer(lm: LM, prompts: Sequence[str], cfg: Config) -> list[str]:
     lm = readers.ready(lm, cfg.mesh)
     (out,) = sampling.decode(
         lm, [rows], max_tokens=settings.max_tokens, chunk=settings.chunk, logprobs=False
-    )
-    return [sampling.text(lm, one[0]) for one in out]
-
-
-def write(lm: LM, prompts: Sequence[str], key: jax.Array, cfg: Config) -> list[str]:
-    """Returns a self-edit for each prompt, drawn by a key of the prompt's own."""
-    settings = cfg.sampling
-    rows = [sampling.encode(lm, prompt) for prompt in prompts]
-    (out,) = sampling.decode(
-        readers.ready(lm, cfg.mesh),
-        [rows],
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        key=key,
-        ids=[[identity(prompt) for prompt in prompts]],
-        chunk=settings.chunk,
-        logprobs=False,
     )
     return [sampling.text(lm, one[0]) for one in out]
 
@@ -73,8 +54,8 @@ def verdicts(
     return tuple(json.loads(multihost.agree(judge)))
 
 
-def pretrain(lm: LM, texts: Sequence[str], key: jax.Array, cfg: Config) -> LM:
-    """Returns the model trained on all texts, by `cfg.evaluation.cpt.method` and `cfg.inner`."""
+def pretrain(lm: LM, edit: Edit, key: jax.Array, cfg: Config) -> LM:
+    """Returns the model trained on all examples, by `cfg.evaluation.cpt.method` and `cfg.inner`."""
     settings = Sft(
         method=cfg.evaluation.cpt.method,
         lora=cfg.lora,
@@ -87,12 +68,13 @@ def pretrain(lm: LM, texts: Sequence[str], key: jax.Array, cfg: Config) -> LM:
         clip=cfg.inner.clip,
         max_length=cfg.inner.max_length,
     )
-    params, _ = sft.finetune(lm, [("", text) for text in texts], settings, key)
+    rows = [(example.prompt, example.completion) for example in edit.examples]
+    params, _ = sft.finetune(lm, rows, settings, key)
     return lm._replace(params=params)
 
 
-def edit(lm: LM, texts: Sequence[str], name: int, key: jax.Array, cfg: Config) -> LM:
-    """Returns the model after one inner loop on these texts, its adapter merged.
+def apply(lm: LM, edit: Edit, name: int, key: jax.Array, cfg: Config) -> LM:
+    """Returns the model after one inner loop, its adapter merged.
 
     Args:
       name: 32 bits; the adapter's beginning depends on key and name alone.
@@ -101,8 +83,9 @@ def edit(lm: LM, texts: Sequence[str], name: int, key: jax.Array, cfg: Config) -
       SealError: where the loss is not finite: nothing could follow on such a model.
     """
     end = checkpoint.eos(lm)
-    made = Edit(tuple(Example(text) for text in texts))
-    candidate = batching.candidate(made, name, lm.tokenizer, end, cfg.inner)
+    candidate = batching.candidate(edit, name, lm.tokenizer, end, cfg.inner)
+    if not candidate.texts:
+        return lm
     batch = batching.Batch((candidate,), cfg.inner, end)
     reader = readers.readable(readers.ready(lm, cfg.mesh))
     adapters, losses = inner.adapt_many(reader, batch, key, cfg)

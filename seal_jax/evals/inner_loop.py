@@ -8,8 +8,8 @@ into records. An engine may train and answer as it likes: many candidates in one
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from seal_jax.errors import SealError
-from seal_jax.tasks import Context, Grade, Question, Task
+from seal_jax.errors import SealError, SelfEditError
+from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task
 
 
 class Asked(NamedTuple):
@@ -21,16 +21,23 @@ class Asked(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One inner loop: train on these texts, then answer these questions.
+    """One inner loop: train as an edit says, then answer these questions.
 
     `candidate` and `seed` number the self-edit of its context and its repetition: the names of
-    random keys. Without texts nothing is trained, and the un-adapted model's answers count.
+    random keys. Without examples nothing is trained, and the un-adapted model's answers count.
+    `refused` says why self-edits are not in it that cannot be applied.
     """
 
-    texts: tuple[str, ...]
+    edit: Edit
     asked: tuple[Asked, ...]
     candidate: int = 0
     seed: int = 0
+    refused: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is trained on, without the prompts that some tasks have."""
+        return tuple(example.completion for example in self.edit.examples)
 
 
 class Reply(NamedTuple):
@@ -58,9 +65,17 @@ def asked(task: Task, contexts: Sequence[Context]) -> tuple[Asked, ...]:
     )
 
 
-def texts(task: Task, context: Context, self_edit: str) -> tuple[str, ...]:
-    """Returns the documents that a self-edit trains on."""
-    return tuple(example.completion for example in task.edit(context, self_edit).examples)
+def documents(texts: Sequence[str]) -> Edit:
+    """Returns an edit that trains on whole texts."""
+    return Edit(tuple(Example(text) for text in texts))
+
+
+def read(task: Task, context: Context, self_edit: str) -> tuple[Edit, tuple[str, ...]]:
+    """Returns what a self-edit says; one that cannot be applied trains nothing, with the reason."""
+    try:
+        return task.edit(context, self_edit), ()
+    except SelfEditError as error:
+        return documents(()), (str(error),)
 
 
 def candidates(context: Context, k: int) -> list[str]:

@@ -7,10 +7,22 @@ records beside them, and a result file as the reference writes it.
 import random
 from collections.abc import Callable, Sequence
 
-from seal_jax import files, held_out, multihost, outer, progress, runs, state, stats
+from seal_jax import (
+    files,
+    held_out,
+    multihost,
+    outer,
+    progress,
+    readers,
+    runs,
+    state,
+    stats,
+    writing,
+)
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
+from seal_jax.errors import SealError
 from seal_jax.evals import continual as continual_lib
 from seal_jax.evals import cpt as cpt_lib
 from seal_jax.evals import engine, inner_loop, single_passage
@@ -86,18 +98,24 @@ def cpt(subject: Subject, cfg: Config) -> Found:
 
     The trained model stays in the folder `policy`.
     """
-    task, contexts = subject.task, subject.contexts
+    task, contexts, home = subject.task, subject.contexts, subject.home
     own = subject.texts(cfg.evaluation.n, cfg)
     request = cpt_lib.request(task, contexts, own, cfg.evaluation.cpt.questions)
+    if request.refused:
+        progress.say(f"{len(request.refused)} self-edits cannot be applied: {request.refused[0]}")
+        runs.write_json(home / "refused.json", list(request.refused))
+    if not request.texts:
+        reason = request.refused[0] if request.refused else "all are empty"
+        raise SealError(f"eval cpt: no self-edit can be applied: {reason}")
     prompts = [item.question.prompt for item in request.asked]
     lm = subject.models.load_adapted(subject.policy)
     before = engine.answer(lm, prompts, cfg)
-    saved = subject.home / "policy"
+    saved = home / "policy"
     if files.exists(saved):
         trained = lm._replace(params=state.load_tree(saved, lm.params))
     else:
         progress.say(f"continued pretraining: {len(request.texts)} texts")
-        trained = engine.pretrain(lm, request.texts, outer.key_of(cfg, "cpt"), cfg)
+        trained = engine.pretrain(lm, request.edit, outer.key_of(cfg, "cpt"), cfg)
         state.save_tree(saved, trained.params)
     after = engine.answer(trained, prompts, cfg)
     right = [engine.verdicts(task, request.asked, answers, cfg) for answers in (before, after)]
@@ -162,6 +180,7 @@ def _edit_sequence(
         "sequence": number,
         "contexts": [context.id for context in sequence],
         "self_edits": list(outcome.self_edits),
+        "refused": list(outcome.refused),
         "matrix": outcome.matrix,
     }
 
@@ -176,10 +195,14 @@ def _sequence_engine(
     """
     write_key = outer.key_of(cfg, "write", "continual", number)
     inner_key = outer.key_of(cfg, "inner", "continual", number)
-    waiting = iter(given or ())
+    waiting, steps = iter(given or ()), iter(sequence)
 
     def write(models: Sequence[LM], prompts: Sequence[str]) -> list[str]:
-        return [next(waiting)] if given else engine.write(models[0], prompts, write_key, cfg)
+        if given:
+            return [next(waiting)]
+        lm = readers.ready(models[0], cfg.mesh)
+        ((one,),) = writing.sample_edits(lm, task, [next(steps)], 1, key=write_key, cfg=cfg)
+        return [one.text]
 
     def answer(models: Sequence[LM], requests: Sequence[Request]) -> list[Sequence[bool]]:
         prompts = [item.question.prompt for item in requests[0].asked]
@@ -187,11 +210,11 @@ def _sequence_engine(
         return [engine.verdicts(task, requests[0].asked, replies, cfg)]
 
     def edit(models: Sequence[LM], requests: Sequence[Request]):
-        step, texts = requests[0].candidate, requests[0].texts
+        step, made = requests[0].candidate, requests[0].edit
         if given:  # a blank one is meant, not a model's silence: it is not replaced
-            texts = inner_loop.texts(task, sequence[step], given[step])
+            made, _ = inner_loop.read(task, sequence[step], given[step])
         name = identity(number, step)
-        edited = [engine.edit(models[0], texts, name, inner_key, cfg)]
+        edited = [engine.apply(models[0], made, name, inner_key, cfg)]
         return edited, answer(edited, requests)
 
     return continual_lib.Engine(write, answer, edit)

@@ -17,7 +17,7 @@ def requests(task: Task, context: Context, self_edits: Sequence[str], seeds: int
     """Returns the inner loops of one passage: every self-edit, `seeds` times in a row."""
     asked = inner_loop.asked(task, [context])
     return [
-        Request(inner_loop.texts(task, context, text), asked, candidate, seed)
+        Request(task.edit(context, text), asked, candidate, seed)
         for candidate, text in enumerate(self_edits)
         for seed in range(seeds)
     ]
