@@ -15,6 +15,8 @@ from seal_jax import batching, config, inner
 from seal_jax.errors import SealError
 from seal_jax.tasks import Edit, Example
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).parents[1]
 SMALL = ["inner.epochs=2", "sampling.max_tokens=16", "answers.max_tokens=4"]
 

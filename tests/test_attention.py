@@ -9,6 +9,8 @@ import pytest
 
 from seal_jax import attention
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Texts 1 and 2, trained padding of 2 that nothing sees, text 3, its trained padding, padding.
 PACKED = [1] * 50 + [2] * 20 + [-2] * 11 + [3] * 60 + [-3] * 5 + [0] * 4
 LONG = [1] * 100 + [2] * 50

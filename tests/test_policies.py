@@ -10,6 +10,8 @@ import seal_jax as seal
 from seal_jax import checkpoint, config, outer, rewards, state, writing
 from seal_jax.policies import Policies
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SMALL = [
     "outer.contexts=2",
     "sampling.n=2",

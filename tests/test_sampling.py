@@ -9,6 +9,8 @@ import toys
 from seal_jax import sampling
 from seal_jax.checkpoint import LM
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = toys.config("qwen2", n_layers=2)
 PROMPTS = [toys.tokens(n, seed=n).tolist() for n in (3, 9, 5, 7, 2, 4)]
 
