@@ -116,6 +116,8 @@ def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
         edit = task.edit(written.context, written.text)
     except SelfEditError as error:
         return Candidate((), settings.learning_rate, 0, name, str(error))
+    if not isinstance(edit, Edit):
+        raise SealError(f"{task.name}: edit returned {type(edit).__name__}, no Edit")
     return candidate(edit, name, tokenizer, eos_id, settings)
 
 

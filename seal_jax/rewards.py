@@ -204,11 +204,11 @@ def grade(
     if not multihost.leads():
         return [Grade(0.0, ()) for _ in pairs]
     if cfg.task.judge != "openai" or len(pairs) < 2:
-        return [task.grade(context, answers) for context, answers in pairs]
+        return [_grade(task, *pair) for pair in pairs]
     from seal_jax import judge_openai
 
     with concurrent.futures.ThreadPoolExecutor(cfg.task.openai.concurrency) as pool:
-        futures = [pool.submit(task.grade, context, answers) for context, answers in pairs]
+        futures = [pool.submit(_grade, task, *pair) for pair in pairs]
         try:
             over = concurrent.futures.wait(futures, return_when="FIRST_EXCEPTION").done
             for future in over:
@@ -220,6 +220,16 @@ def grade(
                 judge_openai.cancel()
                 time.sleep(0.05)
             raise
+
+
+def _grade(task: Task, context: Context, answers: list[str]) -> Grade:
+    made = task.grade(context, answers)
+    if not isinstance(made, Grade) or not 0 <= made.reward <= 1:
+        raise SealError(
+            f"{task.name}: grade returned {made} for {context.id!r}: expected a Grade whose reward "
+            "is from 0 to 1"
+        )
+    return made
 
 
 def _number(value: Any) -> float | None:

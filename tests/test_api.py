@@ -13,7 +13,7 @@ import toys
 import seal_jax as seal
 from seal_jax import batching, config, inner
 from seal_jax.errors import SealError
-from seal_jax.tasks import Edit, Example
+from seal_jax.tasks import Edit, Example, Grade
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -54,6 +54,7 @@ def test_what_cannot_be_done_is_said(tiny):
     lm, task, cfg, adapters = tiny
     key = jax.random.key(0)
     single = seal.lora.take(adapters, 0)
+    edit, nothing = batching.SelfEdit(task.contexts[0], 0, "text"), Grade(np.nan, ())
     calls = {
         "no self-edits were given": lambda: seal.adapt_many(
             lm.params, seal.pack(task, [], lm.tokenizer, cfg.inner), key, cfg
@@ -65,6 +66,15 @@ def test_what_cannot_be_done_is_said(tiny):
         "temperature=nan": lambda: seal.generate(lm, ["a"], temperature=np.nan, key=key),
         "top_p=1.5": lambda: seal.generate(lm, ["a"], temperature=1.0, top_p=1.5, key=key),
         "samples=0": lambda: seal.sample_edits(lm, task, task.contexts[:1], 0, key=key, cfg=cfg),
+        "edit returned list, no Edit": lambda: seal.pack(
+            task._replace(edit=lambda context, text: [text]), edit, lm.tokenizer, cfg.inner
+        ),
+        r"grade returned 0.5 for .*: expected a Grade": lambda: seal.score(
+            lm, None, task._replace(grade=lambda context, answers: 0.5), task.contexts[:1], cfg
+        ),
+        r"grade returned Grade\(reward=nan": lambda: seal.score(
+            lm, None, task._replace(grade=lambda *_: nothing), task.contexts[:1], cfg
+        ),
         "some adapters are stacked": lambda: seal.concat([adapters, single]),
         "there are 2 adapters, not one at 2": lambda: seal.lora.take(adapters, 2),
         "no such folder": lambda: seal.load_peft("nosuch", cfg),

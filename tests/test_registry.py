@@ -10,8 +10,11 @@ from seal_jax.tasks.registry import load_task
 
 MODULE = """
 import toys
+from seal_jax.tasks import Context
 def good(settings): return toys.task()._replace(name=settings.style)
 def other(settings): return {"contexts": []}
+def twins(settings):
+    return toys.task()._replace(contexts=[Context("a"), Context("b")], held_out=[Context("b")])
 def fails(settings): return len(3)
 def none(): return None
 """
@@ -34,6 +37,7 @@ def test_a_factory_of_your_own_gets_the_settings(module):
     ("name", "words"),
     [
         ("{}:other", "the factory returned dict, no Task"),
+        ("{}:twins", "several contexts have the id 'b'"),
         ("{}:fails", "cannot be loaded: object of type 'int' has no len"),
         ("{}:none", "cannot be loaded: none\\(\\) takes 0 positional arguments"),
         ("{}:nosuch", "cannot be loaded: .*nosuch"),

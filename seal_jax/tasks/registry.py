@@ -1,5 +1,6 @@
 """Tasks by name, and tasks of your own: any `package.module:factory`."""
 
+import collections
 import dataclasses
 import importlib
 import os
@@ -53,6 +54,9 @@ def load_task(
         raise SealError(f"task.name={name!r}: cannot be loaded: {error}") from error
     if not isinstance(made, Task):
         raise SealError(f"task.name={name!r}: the factory returned {type(made).__name__}, no Task")
+    ids = collections.Counter(context.id for context in (*made.contexts, *made.held_out))
+    if twice := [key for key, count in ids.items() if count > 1]:
+        raise SealError(f"task.name={name!r}: several contexts have the id {twice[0]!r}")
     return made
 
 
