@@ -136,6 +136,8 @@ def test_votes_are_won_by_the_most_frequent_and_survive_odd_sizes():
     assert [grids.code(grid) for grid in arc.vote(found)] == ["12/34", "1"]
     assert [grids.code(grid) for grid in arc.vote([(three, None)] * 2)] == ["5/6", "5/6"]
     assert [grids.code(grid) for grid in arc.vote([two, one, one])] == ["12/34", "1"]  # bare
+    listed = [[one.tolist(), None], [one.tolist(), "Flip(0)"], two.tolist()]  # as JSON has them
+    assert [grids.code(grid) for grid in arc.vote(listed)] == ["12/34", "1"]
     assert arc.vote([]) == []
     empty = np.zeros((1, 0), np.int8)
     assert arc.vote([(empty, None), (empty.T, "Transpose()")])[0].size == 0

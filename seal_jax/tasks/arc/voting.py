@@ -31,7 +31,7 @@ def vote(predictions: Sequence[Prediction | tuple[Grid, str | None] | Grid]) -> 
     """
     groups: dict[str | None, list[Rows]] = {}
     for one in predictions:
-        told = isinstance(one, tuple) and len(one) == 2 and isinstance(one[1], str | None)
+        told = len(one) == 2 and isinstance(one[1], str | None)
         grid, inverter = one if told else (one, None)
         groups.setdefault(inverter, []).append(_rows(grid))
     if not groups:
