@@ -38,7 +38,7 @@ class Arguments:
     """Settings of the inner loop and the answers."""
     model: str | None = None
     """Another model than the configuration's."""
-    pool: int = 64
+    pool: int = 192
     """Puzzles drawn of each family."""
     tried: int = 10
     """Puzzles of a family, of those that fail in-context, on which configurations are tried."""
