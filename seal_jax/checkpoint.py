@@ -68,6 +68,7 @@ def load_model(
         raise SealError(f"model.dtype={kind!r}: expected one of {', '.join(_TYPES)}")
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    runtime.keep_memory()
     split = mesh is not None and mesh.size > 1
     places = sharding.weights(config, mesh) if split else None
     params = read_params(folder, config, jnp.dtype(kind), places)

@@ -1,5 +1,6 @@
-"""The process: flags of the compiler, and where compiled programs are kept between runs."""
+"""The process: flags of the compiler, the folder of compiled programs, memory between calls."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from jax._src import xla_bridge  # nothing public says whether JAX has started
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h has them
 
 
 def keep_compiled() -> None:
@@ -30,6 +33,25 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_memory() -> None:
+    """Makes a CPU's process keep what it frees, for the next call of a program.
+
+    A program on a CPU takes its temporaries from malloc. glibc gives those of over 32 MiB back at
+    once, and the system clears each page anew in the next call: a fifth of the inner loop's time.
+    Blocks of over 1 GiB are still given back. Elsewhere, and where the environment has settings of
+    malloc, nothing changes.
+    """
+    told = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
+    if told or jax.default_backend() != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return  # not glibc
+    mallopt(_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def set_flags(settings: config_lib.Compiler) -> None:

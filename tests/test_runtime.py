@@ -1,6 +1,7 @@
 """Flags of the compiler come from the configuration, in time or not at all."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -53,3 +54,23 @@ def test_without_a_home_programs_are_compiled_anew_and_nothing_fails(home):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("own", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="glibc's malloc is the one that is told"
+)
+def test_freed_memory_is_kept_unless_the_environment_has_settings(own):
+    """Of 64 MiB, whose pages the system has to clear when they are new."""
+    code = (
+        "import resource, numpy as np\nfrom seal_jax import runtime\nruntime.keep_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "found = [faults()]\n"
+        "for _ in range(2):\n    np.ones(1 << 26, np.int8)\n    found.append(faults())\n"
+        "print(*np.diff(found))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC"))}
+    command = [sys.executable, "-c", code]
+    settings = {"env": {**environment, **own}, "capture_output": True, "text": True, "check": True}
+    first, second = map(int, subprocess.run(command, **settings).stdout.split())
+    assert (second < first / 10) == (not own)
