@@ -7,6 +7,7 @@ An adapter is a separate argument and may be None.
 
 import functools
 import operator
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -172,22 +173,25 @@ def hidden(
 
 def unembed(params: Params, x: jax.Array) -> jax.Array:
     """Returns logits [..., v], float32."""
-    head = params.embed.T if params.head is None else params.head
-    parts = head if isinstance(head, list) else [head]
+    parts = unembed_parts(params, x)
+    return jnp.concatenate(parts, -1) if len(parts) > 1 else parts[0]
+
+
+def unembed_parts(params: Params, x: jax.Array) -> list[jax.Array]:
+    """Returns logits as the head's parts make them, not joined: that would copy them all."""
     product = lambda part: jnp.matmul(x, part.astype(x.dtype), preferred_element_type=jnp.float32)
-    return jnp.concatenate(list(map(product, parts)), -1) if len(parts) > 1 else product(head)
+    return list(map(product, _head_parts(params)))
 
 
-def unembed_back(params: Params, logits: jax.Array) -> jax.Array:
-    """Returns [..., d]: the product of logits [..., v] with the head from its other side."""
+def unembed_back(params: Params, parts: Sequence[jax.Array]) -> jax.Array:
+    """Returns [..., d]: the product of logits, in parts, with the head from its other side."""
+    back = lambda x, part: jnp.matmul(x, part.T.astype(x.dtype))
+    return functools.reduce(operator.add, map(back, parts, _head_parts(params)))
+
+
+def _head_parts(params: Params) -> list[jax.Array]:
     head = params.embed.T if params.head is None else params.head
-    parts = head if isinstance(head, list) else [head]
-    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
-    products = [
-        jnp.matmul(x, part.T.astype(x.dtype))
-        for x, part in zip(jnp.split(logits, ends, axis=-1), parts, strict=True)
-    ]
-    return functools.reduce(operator.add, products)
+    return head if isinstance(head, list) else [head]
 
 
 def forward(

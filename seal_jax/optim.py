@@ -1,5 +1,6 @@
 """Loss, schedules and one AdamW step, for any trained pytree (an adapter or all weights)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,12 +45,27 @@ def token_nll(
 
 
 def _nll(params: Params, x: jax.Array, targets: jax.Array):
-    """Returns -log p of targets, and what its gradient by logits needs."""
-    logits = model.unembed(params, x)
-    # A masked sum, not a gather: its gradient is elementwise, a gather's is a slow scatter.
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    total = jax.nn.logsumexp(logits, -1)
-    return total - jnp.sum(jnp.where(hit, logits, 0.0), -1), (logits, total, hit)
+    """Returns -log p of targets, and what its gradient by logits needs.
+
+    Each part of the head is gone through by itself: joined, all logits would be copied.
+    """
+    parts = model.unembed_parts(params, x)
+    total = functools.reduce(jnp.logaddexp, [jax.nn.logsumexp(logits, -1) for logits in parts])
+    hits, chosen, start = [], 0.0, 0
+    for logits in parts:
+        at = targets[..., None] - start
+        hit = jnp.arange(logits.shape[-1]) == at
+        if len(parts) > 1:  # on a CPU
+            found = jnp.take_along_axis(logits, jnp.clip(at, 0, logits.shape[-1] - 1), -1)
+            inside = (at >= 0) & (at < logits.shape[-1])
+            own = jnp.where(inside, found, 0.0)[..., 0]
+        else:
+            # A masked sum: a gather's gradient is a slow scatter, and a mesh would join the parts.
+            own = jnp.sum(jnp.where(hit, logits, 0.0), -1)
+        chosen += own
+        hits.append(hit)
+        start += logits.shape[-1]
+    return total - chosen, (parts, total, hits)
 
 
 @jax.custom_vjp
@@ -58,9 +74,12 @@ def _frozen_nll(params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _frozen_nll_forward(params: Params, x: jax.Array, targets: jax.Array):
-    value, (logits, total, hit) = _nll(params, x, targets)
-    by_logits = jnp.exp(logits - total[..., None]) - hit
-    return value, model.unembed_back(params, by_logits.astype(x.dtype))
+    value, (parts, total, hits) = _nll(params, x, targets)
+    by_logits = [
+        (jnp.exp(logits - total[..., None]) - hit).astype(x.dtype)
+        for logits, hit in zip(parts, hits, strict=True)
+    ]
+    return value, model.unembed_back(params, by_logits)
 
 
 def _frozen_nll_backward(by_x: jax.Array, change: jax.Array):
