@@ -138,11 +138,14 @@ def measure(
     """Fills in the figures of one shape, stage by stage: inner loops, generation, a round."""
     work = workload.make(shape, args.candidates, -(-args.candidates // 50), dtype=args.dtype)
     settings = Inner(epochs=args.epochs)
+    batch = batching.pack(work.task, work.edits, work.lm.tokenizer, settings)
     found |= {"architecture": dataclasses.asdict(work.lm.config), "adapters": {}}
     for name in args.targets:
         own = Lora(rank=32, alpha=64.0, targets=inner_loop.TARGETS[name])
-        found["adapters"][name] = inner_loop.compare(work, own, settings, args, limits.flops)
-        inner_loop.print_adapter(name, found["adapters"][name])
+        theirs = inner_loop.of_peers(work, batch, own, args)
+        figures = inner_loop.compare(work, batch, own, args, limits.flops, theirs)
+        found["adapters"][name] = figures
+        inner_loop.print_adapter(name, figures)
         yield
     ran = fitting(next(iter(found["adapters"].values())))
     if not ran:

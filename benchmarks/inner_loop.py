@@ -22,7 +22,7 @@ import numpy as np
 import peers
 import workload
 
-from seal_jax import batching, inner, lanes, lora, readers, streams
+from seal_jax import batching, inner, lanes, lora, readers, runtime, streams
 from seal_jax import chunks as chunks_lib
 from seal_jax.batching import Batch
 from seal_jax.config import ALL_TARGETS, Config, Inner, Lora, Mesh
@@ -82,24 +82,29 @@ def main() -> None:
         f"product, {limits['bandwidth'] / 1e9:,.0f} GB/s\n{args.shape}: {n} {work.source}"
     )
     settings = Inner(epochs=args.epochs)
-    for name in args.targets:
-        own = Lora(rank=32, alpha=64.0, targets=TARGETS[name])
-        result["adapters"][name] = compare(work, own, settings, args, limits["flops"])
+    batch = batching.pack(work.task, work.edits, work.lm.tokenizer, settings)
+    adapters = {name: Lora(rank=32, alpha=64.0, targets=TARGETS[name]) for name in args.targets}
+    theirs = {name: of_peers(work, batch, own, args) for name, own in adapters.items()}
+    runtime.keep_memory()  # as `load_model` does; the peers have run as they do by themselves
+    for name, own in adapters.items():
+        result["adapters"][name] = compare(work, batch, own, args, limits["flops"], theirs[name])
         print_adapter(name, result["adapters"][name])
     machine.report("inner_loop", result, args.out, args.quick)
 
 
-def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, Any]:
-    """Returns the figures of one kind of adapter: both peers, and each chunk size."""
-    edits = work.edits
-    batch = batching.pack(work.task, edits, work.lm.tokenizer, settings)
+def of_peers(work, batch: Batch, own: Lora, args) -> tuple[dict[str, Any], list[np.ndarray]] | None:
+    """Returns what `run_peers` does, or None where there are none, or none are wanted."""
+    return run_peers(work, batch, own, args) if peers.here() and not args.no_peer else None
+
+
+def compare(work, batch: Batch, own: Lora, args, flops: float, theirs) -> dict[str, Any]:
+    """Returns the figures of one kind of adapter: those of both peers, and of each chunk size."""
     found: dict[str, Any] = {"texts": sum(len(c.texts) for c in batch.candidates)}
     found["tokens"] = sum(len(t.tokens) for c in batch.candidates for t in c.texts)
     per_token = flops_per_token(work.lm.config, own)
-    rate = None
-    theirs = []
-    if peers.here() and not args.no_peer:
-        found["peers"], theirs = run_peers(work, batch, own, args)
+    rate, first = None, []
+    if theirs:
+        found["peers"], first = theirs
         rate = found["peers"]["unpadded"]["useful_tokens_per_s"]
     found["flops_per_useful_token"] = per_token
     found["floor_useful_tokens_per_s"] = flops / per_token
@@ -120,7 +125,7 @@ def compare(work, own: Lora, settings: Inner, args, flops: float) -> dict[str, A
             padded = found["peers"]["padded"]["useful_tokens_per_s"]
             row["over_unpadded"] = row["useful_tokens_per_s"] / rate
             row["over_padded"] = row["useful_tokens_per_s"] / padded
-            gaps = [np.abs(losses[i, : len(x)] / x - 1).max() for i, x in enumerate(theirs)]
+            gaps = [np.abs(losses[i, : len(x)] / x - 1).max() for i, x in enumerate(first)]
             row["loss_difference"] = gap = float(max(gaps))
             if not gap < _CLOSE[args.dtype]:
                 raise SystemExit(f"chunk {chunk}: first losses differ from PEFT's by {gap:.1e}")
