@@ -13,6 +13,7 @@ from seal_jax.errors import SealError
 from seal_jax.tasks import grading
 
 _REPLY_TOKENS = 8  # as many as the reference lets its grader write
+_TOGETHER = 64  # prompts at a time
 _ENOUGH = 50  # replies, before a judge is called none: a passage has a question or a few
 _VERDICT = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
@@ -67,4 +68,6 @@ def replies_of(cfg: config.Config) -> Callable[[list[str]], list[str]] | None:
         return None
     chosen = config.Model(path=cfg.task.judge_model) if cfg.task.judge_model else cfg.model
     load = functools.lru_cache(1)(lambda: checkpoint.load_model(chosen))
-    return lambda prompts: sampling.generate(load(), prompts, max_tokens=_REPLY_TOKENS)
+    # A fixed chunk: process 0 alone judges, and choosing one asks all processes.
+    tokens = {"max_tokens": _REPLY_TOKENS, "chunk": _TOGETHER}
+    return lambda prompts: sampling.generate(load(), prompts, **tokens)

@@ -224,7 +224,7 @@ def _welcome(listener: socket.socket, token: str, settings: config_lib.Distribut
         except (OSError, ValueError, TypeError):
             line.close()
             continue
-        if secrets.compare_digest(str(given), token):
+        if secrets.compare_digest(str(given).encode("utf-8", "replace"), token.encode()):
             line.settimeout(None)
             lines[int(number)] = line
         else:

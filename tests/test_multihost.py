@@ -1,6 +1,7 @@
 """Runs of two processes, and of one that is asked to stop: the same records, and clear ends."""
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -209,3 +210,17 @@ def test_two_processes_teach_a_passage_as_one_does(home):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=2e-3, atol=2e-5)
+
+
+def test_a_model_judges_for_two_processes(home):
+    """It is asked by process 0 alone: nothing in between may wait for the other."""
+    entry = {"context": "Bees make honey.", "questions": [{"question": "What?", "answer": "honey"}]}
+    path = home / "passages.json"
+    path.write_text(json.dumps([entry | {"title": f"T{i}"} for i in range(3)]))
+    judged = ["task.name=squad", f"task.path={path}", "task.judge=model", "task.size=3"]
+    words = [*judged, "outer.contexts=2", "sampling.n=1"]
+    folder = home / "judged"
+    processes = [launch(home, arguments(home, folder, *words, *join)) for join in pair()]
+    status, texts = ends(processes)
+    assert status == [0, 0], texts
+    assert len(runs.records(folder / "round_0" / "rewards.jsonl")) == 2
