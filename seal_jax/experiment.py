@@ -114,6 +114,8 @@ def check(cfg: Config, task: Task) -> None:
         if name not in task.references:
             known = ", ".join(task.references) or "none"
             raise SealError(f"evaluation.references: {name!r} is unknown; the task has {known}")
+    if cfg.evaluation.contexts:
+        held_out.check(cfg, task)
 
 
 def _contexts(task: Task, number: int, cfg: Config) -> list[Context]:
@@ -158,17 +160,20 @@ def one_round(
     tested = time.monotonic()
     scored = outer.gather(task, edits, rows)
     kept = outer.keep_best(scored, cfg.outer.keep, cfg.outer.min_reward)
+    again: list[outer.Scored] = []
     share = cfg.outer.sft.replay
     if share and kept:
         others = outer.applied(scored, rows, kept)
         rng = np.random.default_rng(identity(cfg.seed, "replay", number))
-        kept = kept + outer.replay(others, round(len(kept) * share / (1 - share)), rng)
-    runs.write_lines(home / "kept.jsonl", [_kept_record(x) for x in kept])
+        again = outer.replay(others, round(len(kept) * share / (1 - share)), rng)
+    records = [_kept_record(x) for x in kept] + [_kept_record(x, True) for x in again]
+    runs.write_lines(home / "kept.jsonl", records)
     base = outer.base_rewards(models.load_adapted(policy), task, contexts, home / "base.jsonl", cfg)
     key = outer.key_of(cfg, "sft", number)
-    trained = outer.train_policy(models.load(policy), kept, home / "policy", key, cfg)
+    trained = outer.train_policy(models.load(policy), kept + again, home / "policy", key, cfg)
     tries = [row.get("tries", 1) for row in runs.records(home / "edits.jsonl")]
-    summary = summarise(scored, kept, base, rows) | {"written_again": sum(tries) - len(tries)}
+    summary = summarise(scored, kept, base, rows)
+    summary |= {"replayed": len(again), "written_again": sum(tries) - len(tries)}
     runs.write_json(home / "summary.json", summary)
     if not over:
         metrics.log(
@@ -209,14 +214,15 @@ def one_control_round(
     return home / "policy" if trained else policy
 
 
-def _kept_record(x: outer.Scored) -> runs.Record:
-    reward = x.reward if x.rewards else None
+def _kept_record(x: outer.Scored, replayed: bool = False) -> runs.Record:
+    """Returns a row of what the policy is finetuned on: kept for its reward, or drawn again."""
     return {
         "context": x.context,
         "index": x.index,
-        "reward": reward,
+        "reward": x.reward if x.rewards else None,
+        "replayed": replayed,
         "prompt": x.prompt,
-        "completion": x.text,
+        "completion": x.text.strip(),
     }
 
 
@@ -226,23 +232,38 @@ def summarise(
     base: Sequence[float],
     rows: Sequence[runs.Record],
 ) -> runs.Record:
-    """Returns a round's figures; standard errors are over contexts."""
-    by_context: dict[str, list[float]] = {}
-    for one in scored:
-        by_context.setdefault(one.context, []).append(one.reward)
-    means = [stats.mean(own) for own in by_context.values()]
+    """Returns a round's figures; standard errors are over contexts.
+
+    Those that could not be applied, and those that diverged, are counted as self-edits, in however
+    many inner loops.
+    """
+    by_context, of_kept = _by_context(scored), _by_context(kept)
     # Figures in a reason (a step, a line, a count) would make every one its own.
-    errors = Counter(re.sub(r"\d+", "N", row["error"]) for row in rows if row["error"])
+    failed = {
+        (row["context"], row["index"]): re.sub(r"\d+", "N", row["error"])
+        for row in rows
+        if row["error"] and not row["steps"]
+    }
+    diverged = {(row["context"], row["index"]) for row in rows if row["error"] and row["steps"]}
     return {
         "contexts": len(by_context),
         "self_edits": len(scored),
         "base": stats.mean_se(base).record(),
-        "reward": stats.mean_se(means).record(),
+        "reward": stats.mean_se(map(stats.mean, by_context.values())).record(),
         "reward_best": stats.mean_se(max(own) for own in by_context.values()).record(),
-        "reward_kept": stats.mean_se(x.reward for x in kept).record() if kept else None,
+        "reward_kept": stats.mean_se(map(stats.mean, of_kept.values())).record() if kept else None,
         "kept": len(kept),
-        "not_applied": dict(sorted(errors.items())),
+        "not_applied": dict(sorted(Counter(failed.values()).items())),
+        "diverged": len(diverged),
     }
+
+
+def _by_context(scored: Sequence[outer.Scored]) -> dict[str, list[float]]:
+    """Returns the rewards of each context's self-edits."""
+    found: dict[str, list[float]] = {}
+    for one in scored:
+        found.setdefault(one.context, []).append(one.reward)
+    return found
 
 
 def print_report(report: Report) -> None:

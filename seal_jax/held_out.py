@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from seal_jax import outer, runs, stats
+from seal_jax import outer, runs, stats, table
 from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
+from seal_jax.errors import SealError
 from seal_jax.policies import Policies, Saved
 from seal_jax.table import Row
 from seal_jax.tasks import Context, Task
@@ -40,24 +41,49 @@ def evaluate(
         rows.append(_row(name, models.load_adapted(policy), task, edits, home, cfg, metrics))
     last = [row for row in rows if row.name == "oracle"]
     rows = [row for row in rows if row.name != "oracle"] + last
-    runs.write_json(
-        home / "table.json",
-        {
-            row.name: {**row.estimate.record(), "trials": row.trials, "rewards": row.rewards}
-            for row in rows
-        },
-    )
+    runs.write_json(home / "table.json", _records(rows, contexts))
     return rows
 
 
+def _records(rows: Sequence[Row], contexts: Sequence[Context]) -> dict[str, runs.Record]:
+    """Returns the table as JSON has it: rewards with their contexts, differences in pairs."""
+    names = [context.id for context in contexts]
+    return {
+        row.name: {
+            **row.estimate.record(),
+            "trials": row.trials,
+            "last_minus": difference.record() if difference else None,
+            "contexts": names,
+            "rewards": row.rewards,
+        }
+        for row, difference in zip(rows, table.differences(rows), strict=True)
+    }
+
+
 def reference_edits(task: Task, name: str, contexts: Sequence[Context]) -> list[SelfEdit]:
-    """Returns the task's reference self-edits of this name, one or several for each context."""
-    texts = [(context, task.references[name](context)) for context in contexts]
-    return [
-        SelfEdit(context, i, text)
-        for context, made in texts
-        for i, text in enumerate([made] if isinstance(made, str) else made)
-    ]
+    """Returns the task's reference self-edits of this name, one or several for each context.
+
+    Raises:
+      SealError: names a context for which there is none.
+    """
+    edits = []
+    for context in contexts:
+        made = task.references[name](context)
+        texts = [made] if isinstance(made, str) else list(made)
+        if not texts:
+            raise SealError(f"references: {name!r} gives no self-edit for {context.id!r}")
+        edits += [SelfEdit(context, i, text) for i, text in enumerate(texts)]
+    return edits
+
+
+def check(cfg: Config, task: Task) -> None:
+    """Raises SealError where a row of the table would have the name, or the file, of another."""
+    taken = {"base", "own_self_edits", "control"}
+    taken |= {f"round_{number + 1}" for number in range(cfg.outer.rounds)}
+    for name in _references(cfg, task):
+        if (slug := _slug(name)) in taken:
+            raise SealError(f"references: {name!r} is the name of another row of the table")
+        taken.add(slug)
 
 
 def _references(cfg: Config, task: Task) -> list[str]:

@@ -246,7 +246,7 @@ def train_policy(
         return True
     if not kept:
         return False
-    rows = [(x.prompt, x.text) for x in kept]
+    rows = [(x.prompt, x.text.strip()) for x in kept]  # as the reference's completions are
     params, losses = finetune(lm, rows, cfg.outer.sft, key)
     state.save_tree(folder, params)
     progress.say(

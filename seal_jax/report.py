@@ -10,6 +10,7 @@ import markupsafe
 
 from seal_jax import config as config_lib
 from seal_jax import files, runs, stats
+from seal_jax import table as table_lib
 from seal_jax.config import Config
 from seal_jax.errors import SealError
 from seal_jax.stats import Estimate
@@ -130,15 +131,9 @@ def _table(home: files.AnyPath) -> list[Row]:
 
 def _table_lines(table: Sequence[Row]) -> list[tuple[str, Estimate, int, Estimate | None]]:
     """Returns each row's name, mean and trials, and the last round minus it."""
-    last = next((row for row in reversed(table) if row.name.startswith("round")), None)
     return [
-        (
-            row.name,
-            row.estimate,
-            row.trials,
-            stats.paired(last.rewards, row.rewards) if last and row is not last else None,
-        )
-        for row in table
+        (row.name, row.estimate, row.trials, difference)
+        for row, difference in zip(table, table_lib.differences(table), strict=True)
     ]
 
 

@@ -22,22 +22,25 @@ class Row(NamedTuple):
         return stats.mean_se(self.rewards)
 
 
+def differences(table: Sequence[Row]) -> list[Estimate | None]:
+    """Returns the last round minus each row, paired by context; None for itself, or without one."""
+    last = next((row for row in reversed(table) if row.name.startswith("round ")), None)
+    minus = lambda row: stats.paired(last.rewards, row.rewards)
+    return [minus(row) if last and row is not last else None for row in table]
+
+
 def text(table: Sequence[Row]) -> str:
     """Returns the table as text, with standard errors and paired differences to the last round."""
     if not table:
         return ""
-    by_name = {row.name: row for row in table}
-    last = next((n for n in reversed(by_name) if n.startswith("round")), None)
     lines = [
         f"{'condition':<16} {'accuracy (s.e.)':<18} {'trials':>6}  "
         f"{'last round minus it (s.e.)':<26}"
     ]
-    for row in table:
-        difference = ""
-        if last and row.name != last:
-            difference = stats.text(stats.paired(by_name[last].rewards, row.rewards))
+    for row, difference in zip(table, differences(table), strict=True):
+        change = stats.text(difference) if difference else ""
         lines.append(
-            f"{row.name:<16} {stats.text(row.estimate):<18} {row.trials:>6}  {difference}".rstrip()
+            f"{row.name:<16} {stats.text(row.estimate):<18} {row.trials:>6}  {change}".rstrip()
         )
     lines.append(f"{len(table[0].rewards)} held-out contexts; standard errors over contexts.")
     return "\n".join(lines)

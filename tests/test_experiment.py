@@ -13,9 +13,10 @@ import chex
 import pytest
 import shared_data
 
-from seal_jax import checkpoint, lesson, runs, state
+from seal_jax import checkpoint, experiment, held_out, lesson, runs, state, stats
 from seal_jax import config as config_lib
 from seal_jax.__main__ import main
+from seal_jax.errors import SealError
 from seal_jax.tasks.registry import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,10 @@ def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
         assert (home / "policy").is_dir()
     table = json.loads((folder / "eval" / "table.json").read_text())
     assert table["oracle"]["n"] == 6 and table["oracle"]["se"] >= 0
+    last, oracle = table["round 2"], table["oracle"]
+    assert last["last_minus"] is None and len(set(last["contexts"])) == 6
+    difference = stats.paired(last["rewards"], oracle["rewards"])
+    assert oracle["last_minus"] == difference.record()
 
 
 def test_a_finished_run_comes_by_again_and_adds_nothing(whole):
@@ -260,3 +265,18 @@ def test_pretraining_writes_a_model_that_loads_the_same_each_time(tmp_path, caps
     assert lm.config.eos_ids == (lm.tokenizer.eos_token_id,)
     assert main(["pretrain", "tiny-world", "--out", str(tmp_path / "a")]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["base", "control", "round 2", "round-1", "own self-edits"])
+def test_a_reference_with_the_name_of_another_row_is_refused(name):
+    """Both would have one file of records."""
+    cfg = config_lib.load_config(ROOT / "configs" / "tiny_world.yaml")
+    task = load_task(cfg.task)._replace(references={"some": len, name: len})
+    with pytest.raises(SealError, match="the name of another row"):
+        experiment.check(cfg, task)
+
+
+def test_a_reference_without_a_self_edit_for_a_context_is_told():
+    task = load_task("tiny-world")._replace(references={"some": lambda context: []})
+    with pytest.raises(SealError, match="'some' gives no self-edit for"):
+        held_out.reference_edits(task, "some", task.held_out[:1])

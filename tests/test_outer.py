@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import seal_jax as seal
-from seal_jax import config, outer, runs
+from seal_jax import config, experiment, outer, runs, stats
 from seal_jax.errors import SealError
 from seal_jax.outer import Scored
 
@@ -138,3 +138,29 @@ def test_self_edits_of_a_broken_model_are_recorded_as_json(tiny, tmp_path):
     outer.write_edits(broken, task, task.contexts[:1], 2, file, jax.random.key(0), cfg)
     assert "NaN" not in file.read_text()
     assert [row["logprob"] for row in runs.records(file)] == [None, None]
+
+
+def test_a_round_s_figures_are_of_self_edits_and_errors_over_contexts():
+    """However many seeds: of three inner loops each, one self-edit fails and one diverges."""
+    row = lambda index, **own: {"context": "a", "index": index, "error": None, "steps": 4} | own
+    seeds = range(3)
+    rows = [row(0) for _ in seeds]
+    rows += [row(1, error="line 1: not JSON", steps=0) for _ in seeds]
+    rows += [row(2, error=f"diverged at step {seed}") for seed in seeds]
+    made = [scored("a", 0, 1.0), scored("a", 1, 0.5), scored("a", 2, 0.0), scored("b", 0, 0.5)]
+    kept = [made[0], made[1], made[3]]
+    found = experiment.summarise(made, kept, [0.0, 0.0], rows)
+    assert found["not_applied"] == {"line N: not JSON": 1} and found["diverged"] == 1
+    assert found["kept"] == 3
+    assert found["reward_kept"] == stats.mean_se([0.75, 0.5]).record()
+
+
+def test_self_edits_are_finetuned_on_without_the_blanks_around_them(tiny, tmp_path, monkeypatch):
+    """As the reference's completions are."""
+    lm, _ = tiny
+    seen = []
+    tuned = lambda lm, rows, *_: seen.extend(rows) or (lm.params, np.ones(1))
+    monkeypatch.setattr(outer, "finetune", tuned)
+    kept = [scored("a", 0, 1.0, text="\n One.\nTwo.\n\n")]
+    assert outer.train_policy(lm, kept, tmp_path / "policy", jax.random.key(0), config.Config())
+    assert seen == [("prompt", "One.\nTwo.")]
