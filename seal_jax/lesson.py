@@ -122,12 +122,13 @@ def _context(task: Task, passage: Path | None) -> Context:
     if passage.name.removesuffix(".gz").endswith((".json", ".jsonl")):
         return passages.load(passage)[0]
     try:
-        title, _, text = passage.read_text(encoding="utf-8-sig").strip().partition("\n")
+        first, _, rest = passage.read_text(encoding="utf-8-sig").strip().partition("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SealError(f"{passage}: not a readable text file") from error
-    if not text.strip():
+    title, text = first.strip(), rest.strip()
+    if not text:
         raise SealError(f"{passage}: expected a title on the first line and a passage below it")
-    return Context(passages.context_id(title, text), title, text.strip())
+    return Context(passages.context_id(title, text), title, text)
 
 
 def print_lesson(lesson: Lesson) -> None:

@@ -190,6 +190,10 @@ def test_submissions_are_read_back_and_bad_ones_refused(tmp_path):
         ('{"a": {"test": [{"input": [[1]]}]}}', "task 'a': has no list 'train'"),
         ('{"a": {"train": [{"input": [[1]]}], "test": [{}]}}', r"train\[0\]: expected"),
         ('{"a": {"train": [], "test": [{"input": [[1, 2], [3]]}]}}', "equal length"),
+        (
+            '{"a": {"train": [{"input": [[1]], "output": null}], "test": []}}',
+            r"train\[0\]: expected",
+        ),
         ('{"a": {"train": [], "test": [{"input": [[1.0]]}]}}', "integers from 0 to 9"),
         ('{"a": {"train": [], "test": [{"input": [[true]]}]}}', "integers from 0 to 9"),
         ("[" * 100_000, "not valid JSON"),
@@ -345,3 +349,15 @@ def test_what_changes_nothing_is_not_rewarded_unless_as_the_bare_model():
         outcomes = sorted((x for part, _ in found for x in part), key=lambda x: x.at)
         assert [x.grade.reward for x in outcomes] == expected
         assert [bool(x.steps) for x in outcomes] == [False, True, False]
+
+
+def test_another_kind_of_generator_is_refused():
+    with pytest.raises(TypeError, match="RandomState"):
+        arc.augmented_tasks(puzzle(), edits.make(**ALL), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("text", ["[[0 1][2 3]]", "5]0", "[[0 1]]][[2 3]]"])
+def test_digits_that_only_a_bracket_parts_are_no_grid(text):
+    """The reference takes them for one number."""
+    assert grids.parse_grid(text) is None
+    assert grids.parse_grid(text.replace("]", "]\n", 1)) is not None

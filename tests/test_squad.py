@@ -222,6 +222,10 @@ def test_ids_are_stable_and_unique_even_for_equal_passages(tmp_path):
             "entry 0, question 0: no 'answer'",
         ),
         (
+            json.dumps([{"title": "T", "context": "C", "question": "Q", "answers": {"text": "A"}}]),
+            "row 0: expected answers with a list of texts",
+        ),
+        (
             json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "C"}]}]}),
             "article 0, paragraph 0: no 'qas'",
         ),
@@ -337,3 +341,22 @@ def test_the_order_of_contexts_is_the_reference_s_selection(tmp_path):
     made = squad.task(settings(tmp_path, n=20), right_if_equal)
     expected = squad.select([f"T{i}" for i in range(20)], 0, 0, 42)
     assert [c.title for c in made.contexts] == expected
+
+
+def test_passages_without_a_question_are_neither_trained_on_nor_held_out(tmp_path, capsys):
+    """There is no reward for them. Where no passage has a question, all stay."""
+    blank = [ENTRY | {"title": f"B{i}", "questions": []} for i in range(3)]
+    asked = [ENTRY | {"title": f"T{i}"} for i in range(4)]
+    mixed = config.Task(path=write(tmp_path / "mixed.json", [*blank, *asked]), size=2)
+    task = squad.task(mixed, right_if_equal)
+    titles = {context.title for context in (*task.contexts, *task.held_out)}
+    assert titles == {"T0", "T1", "T2", "T3"} and len(task.contexts) == 2
+    assert "mixed.json: 3 passages without a question left out" in capsys.readouterr().err
+    none = config.Task(path=write(tmp_path / "none.json", blank), size=2)
+    assert len(squad.task(none, right_if_equal).contexts) == 2
+
+
+def test_a_lone_surrogate_has_an_id_too(tmp_path):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([ENTRY | {"title": "\ud800"}]))
+    assert len(squad.load(path)[0].id) == 12

@@ -73,7 +73,7 @@ def from_entries(entries: list[Any], origin: str) -> list[Context]:
 
 def context_id(title: str, passage: str) -> str:
     """Returns the name of a passage: the same wherever and in whatever order it is read."""
-    return hashlib.sha256(f"{title}\0{passage}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{title}\0{passage}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
@@ -133,7 +133,7 @@ def _group(rows: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
         context, question = need(row, "context", str, where), need(row, "question", str, where)
         answers = row.get("answers")
         texts = answers.get("text") if isinstance(answers, dict) else None
-        if texts is None:
+        if not isinstance(texts, list):
             raise SealError(f"{where}: expected answers with a list of texts")
         entry = {"title": title, "context": context, "questions": []}
         entry = entries.setdefault((title, context), entry)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeVar
 
-from seal_jax import config
+from seal_jax import config, progress
 from seal_jax import judge as judges
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task, grading
@@ -163,24 +163,33 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
     """Returns the task that a group of settings describes.
 
     Contexts beyond `size`, or those of the file `held_out`, are held out; a passage that is
-    trained on never is.
+    trained on never is. Passages without a question are left out, unless none has one.
 
     Args:
       judge: Says which answers are right; None loads the one that the settings name.
     """
     if settings.path is None:
         raise SealError("task.path: the squad task needs a file of passages or a hub id")
-    order = select(load(settings.path), seed=settings.order_seed)
+    order = select(_asked(load(settings.path), settings.path), seed=settings.order_seed)
     size = settings.size or len(order)
     contexts, others = order[:size], order[size:]
     if settings.held_out is not None:
-        others = select(load(settings.held_out), seed=settings.order_seed)
+        others = _asked(load(settings.held_out), settings.held_out)
+        others = select(others, seed=settings.order_seed)
     # By what they say: of equal entries of a file the ids differ.
     seen = {(context.title, context.passage) for context in contexts}
     held_out = [x for x in others if (x.title, x.passage) not in seen]
     if settings.held_out is not None and not held_out:
         raise SealError(f"{settings.held_out}: every passage in it is also trained on")
     return make(contexts, settings, judge, held_out)
+
+
+def _asked(contexts: list[Context], origin: str) -> list[Context]:
+    """Returns the contexts with questions: without one there is no reward."""
+    found = [context for context in contexts if context.questions]
+    if found and len(found) < len(contexts):
+        progress.say(f"{origin}: {len(contexts) - len(found)} passages without a question left out")
+    return found or contexts
 
 
 def make(

@@ -39,7 +39,12 @@ def augmented_tasks(
       count_tokens: Of a task's prompt and answer.
       reference_quirks: Begin each `leave`, and the cut, with the same draws, as the reference;
         see `initial_tasks` and `augment.apply` for the rest.
+
+    Raises:
+      TypeError: where `rng` is another kind of generator.
     """
+    if not isinstance(rng, np.random.RandomState):
+        raise TypeError("rng: expected np.random.RandomState, which the reference draws with")
     start = copy.deepcopy(rng)
     fresh = (lambda: copy.deepcopy(start)) if reference_quirks else (lambda: rng)
     made = []

@@ -4,6 +4,7 @@ A grid is a 2-D int8 array of colours 0-9, at most 30 by 30. Its code is its row
 such as `012/345`: hashable, and what duplicates are found by.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ MAX_SIDE = 30
 COLOURS = 10
 WORDS = tuple("Black Blue Red Green Yellow Gray Pink Orange Purple Brown".split())
 _MAX_TEXT = 8192  # a reply of the largest grid has about 2,000 characters
+_TOUCHING = re.compile(r"[0-9][\[\]]+[0-9]")  # one number to the reference, two to us
 
 
 def make(rows: Sequence[Sequence[int]], where: str) -> Grid:
@@ -87,7 +89,10 @@ def parse_grid(text: Any) -> Grid | None:
     """
     if not isinstance(text, str) or len(text) > _MAX_TEXT:
         return None
-    rows = [line.split() for line in _bare(text).replace("[", " ").replace("]", " ").split("\n")]
+    bare = _bare(text)
+    if _TOUCHING.search(bare):
+        return None
+    rows = [line.split() for line in bare.replace("[", " ").replace("]", " ").split("\n")]
     if not all(len(cell) == 1 and cell in "0123456789" for row in rows for cell in row):
         return None
     if not rows[0] or any(len(row) != len(rows[0]) for row in rows):

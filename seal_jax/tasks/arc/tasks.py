@@ -174,9 +174,9 @@ def _tests(entry: dict[str, Any], where: str) -> list[tuple[int, Any]]:
 
 
 def _pair(pair: Any, where: str, solved: bool) -> Pair:
-    if not isinstance(pair, dict) or "input" not in pair or (solved and "output" not in pair):
+    output = pair.get("output") if isinstance(pair, dict) else None
+    if not isinstance(pair, dict) or "input" not in pair or (solved and output is None):
         raise SealError(f"{where}: expected 'input'{' and ' + repr('output') if solved else ''}")
-    output = pair.get("output")
     return Pair(
         grids.make(pair["input"], f"{where}.input"),
         None if output is None else grids.make(output, f"{where}.output"),
