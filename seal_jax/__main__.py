@@ -7,6 +7,8 @@ import sys
 from seal_jax.commands import COMMANDS, usage
 from seal_jax.errors import SealError, Stopped
 
+_GOING_ON = (["run"], ["eval"])
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for bad input, 130 when interrupted, 143 by SIGTERM."""
@@ -16,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = _command(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who called us
+            sys.stdout.flush()
         return status
     except SealError as error:
         print(f"seal-jax: {error}", file=sys.stderr)
@@ -25,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"seal-jax: {error}", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print("seal-jax: interrupted; the same command goes on from here", file=sys.stderr)
+        goes_on = "; the same command goes on from here" if arguments[:1] in _GOING_ON else ""
+        print(f"seal-jax: interrupted{goes_on}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # who reads our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

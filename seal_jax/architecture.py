@@ -1,6 +1,7 @@
 """The architecture in a model folder's config.json, in and out."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,28 +70,32 @@ def read_config(folder: Path) -> ModelConfig:
     """
     file = folder / "config.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise SealError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise SealError(f"{file}: holds no settings")
     names = raw.get("architectures") or []
-    family = next((_FAMILIES[n] for n in names if n in _FAMILIES), None)
+    names = names if isinstance(names, list) else [names]
+    family = next((_FAMILIES[n] for n in map(str, names) if n in _FAMILIES), None)
     if family is None:
         known = ", ".join(_FAMILIES)
         raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {known}")
     _refuse(raw, file)
     try:
-        d, n = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+        d, n = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+        heads = "num_key_value_heads"
         config = ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
+            vocab_size=_size(raw, "vocab_size"),
             d_model=d,
-            n_layers=int(raw["num_hidden_layers"]),
+            n_layers=_size(raw, "num_hidden_layers"),
             n_heads=n,
-            n_kv_heads=int(raw.get("num_key_value_heads") or n),
-            d_head=int(raw.get("head_dim") or (128 if family == "qwen3" else d // n)),
-            d_ff=int(raw["intermediate_size"]),
-            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            n_kv_heads=_size(raw, heads) if raw.get(heads) is not None else n,
+            d_head=_size(raw, "head_dim")
+            if raw.get("head_dim") is not None
+            else (128 if family == "qwen3" else d // n),
+            d_ff=_size(raw, "intermediate_size"),
+            rms_eps=_number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
@@ -100,7 +105,7 @@ def read_config(folder: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise SealError(f"{file}: no key {error.args[0]!r}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise error if isinstance(error, SealError) else SealError(f"{file}: {error}") from error
     if config.n_heads % config.n_kv_heads:
         raise SealError(
@@ -108,6 +113,21 @@ def read_config(folder: Path) -> ModelConfig:
             f"{config.n_kv_heads}"
         )
     return config
+
+
+def _size(raw: dict[str, Any], key: str) -> int:
+    size = raw[key]
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 31:
+        raise ValueError(f"{key}={size!r} is no size")
+    return size
+
+
+def _number(value: Any, key: str) -> float:
+    """Returns a number above 0."""
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{key}={value!r} is not a number above 0")
+    return number
 
 
 def _refuse(raw: dict[str, Any], file: Path) -> None:
@@ -123,7 +143,7 @@ def _refuse(raw: dict[str, Any], file: Path) -> None:
     for key, values in harmless.items():
         if raw.get(key) not in values:
             raise SealError(f"{file}: {key}={raw[key]!r} is not supported")
-    if "sliding_attention" in (raw.get("layer_types") or []):
+    if "sliding_attention" in str(raw.get("layer_types")):
         raise SealError(f"{file}: layer_types has sliding_attention, which is not supported")
 
 
@@ -133,12 +153,14 @@ def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     if not isinstance(scaling, dict):
         raise SealError(f"{file}: rope_scaling={scaling!r} is not supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = float(new.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    theta = new.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    theta = _number(theta, "rope_theta")
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":
         raise SealError(f"{file}: rope type {kind!r} is not supported (default, llama3)")
-    values = {name: scaling[name] for name in RopeScaling._fields}
+    values = {name: _number(scaling[name], name) for name in RopeScaling._fields}
+    values["original_max_position_embeddings"] = int(values["original_max_position_embeddings"])
     return {"rope_theta": theta, "rope_scaling": RopeScaling(**values)}
 
 
@@ -147,7 +169,7 @@ def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     generation = folder / "generation_config.json"
     try:
         better = json.loads(generation.read_text()) if generation.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SealError(f"{generation}: not readable as JSON: {error}") from error
     if not isinstance(better, dict):
         raise SealError(f"{generation}: expected an object")
@@ -155,6 +177,9 @@ def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     for source in (better, raw):
         value = source.get("eos_token_id")
         ends += value if isinstance(value, list) else [] if value is None else [value]
+    for end in ends:
+        if not isinstance(end, int) or not 0 <= end < 1 << 31:
+            raise ValueError(f"eos_token_id={end!r} is no token")
     return {"eos_ids": tuple(dict.fromkeys(ends)), "bos_id": raw.get("bos_token_id")}
 
 

@@ -126,14 +126,15 @@ def load_tokenizer(folder: Path) -> Any:
         # By the architecture alone transformers 5 would take e.g. Qwen2's own splitting into words,
         # whatever tokenizer.json says.
         own = json.loads((folder / "tokenizer_config.json").read_text()).get("tokenizer_class")
-        if own in _FAST and (folder / "tokenizer.json").is_file():
+        if str(own) in _FAST and (folder / "tokenizer.json").is_file():
             loader = transformers.PreTrainedTokenizerFast
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         pass  # AutoTokenizer says what is wrong
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise SealError(f"{folder}: the tokenizer files cannot be read: {error}") from error
+    except Exception as error:  # of many kinds, from Rust too
+        what = f"{type(error).__name__}: {error}"
+        raise SealError(f"{folder}: the tokenizer files cannot be read: {what}") from error
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -142,9 +143,10 @@ def _files(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             places = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SealError(f"{index}: not an index of safetensors files") from error
-        outside = [file for file in places.values() if Path(file).name != file]
+        named = lambda file: isinstance(file, str) and file and Path(file).name == file
+        outside = [file for file in places.values() if not named(file)]
         if outside:
             raise SealError(f"{index}: {outside[0]!r} is not a file of this folder")
         return {name: folder / file for name, file in places.items()}
@@ -200,13 +202,17 @@ def read_params(
     def read(weight: params_lib.Weight, shape: tuple[int, ...], index: tuple) -> np.ndarray:
         """Returns the part of a weight at `index`, one slice of each dimension."""
         ranges = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-        out = np.empty([len(own) for own in ranges], dtype)
+        sizes = [len(own) for own in ranges]
         if weight.dims[0] != "l":
-            _fill(out, stored(weight.source, _flip(shape, weight)), ranges, weight.transposed)
+            tensor = stored(weight.source, _flip(shape, weight))
+            out = np.empty(sizes, dtype)  # of a size that the file has too
+            _fill(out, tensor, ranges, weight.transposed)
             return out
+        of_layer = lambda layer: stored(weight.source.format(l=layer), _flip(shape[1:], weight))
+        of_layer(ranges[0][-1])
+        out = np.empty(sizes, dtype)
         for at, layer in enumerate(ranges[0]):
-            tensor = stored(weight.source.format(l=layer), _flip(shape[1:], weight))
-            _fill(out[at], tensor, ranges[1:], weight.transposed)
+            _fill(out[at], of_layer(layer), ranges[1:], weight.transposed)
         return out
 
     def leaf(weight: params_lib.Weight, shape: tuple[int, ...], home: Any) -> jax.Array:

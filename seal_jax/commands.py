@@ -140,6 +140,7 @@ class Report:
     """The file; by default report.html in the folder."""
 
 
+_NARROW = 20  # columns
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
 
 
@@ -153,6 +154,8 @@ def _parse(kind: type, name: str, arguments: list[str]):
     order = [i for i in range(len(arguments)) if i not in changes]
     at = order.index(last) + 1 if last >= 0 else 0
     arguments = [arguments[i] for i in order[:at] + changes + order[at:]]
+    if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) < _NARROW:
+        os.environ["COLUMNS"] = str(_NARROW)  # tyro finds no end in wrapping help narrower than it
     return tyro.cli(kind, prog=f"seal-jax {name}", args=arguments, description=kind.__doc__)
 
 

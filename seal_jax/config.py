@@ -23,8 +23,10 @@ Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 ALL_TARGETS: tuple[Target, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 Fraction = typing.Annotated[float, pydantic.Field(gt=0, le=1)]
 Share = typing.Annotated[float, pydantic.Field(ge=0, lt=1)]
-Count = typing.Annotated[int, pydantic.Field(ge=0)]
-Positive = typing.Annotated[int, pydantic.Field(ge=1)]
+Count = typing.Annotated[int, pydantic.Field(ge=0, lt=1 << 31)]
+Positive = typing.Annotated[int, pydantic.Field(ge=1, lt=1 << 31)]
+# JAX takes 32 bits of a seed: of larger ones, and of negative ones, two would be the same.
+Seed = typing.Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]
 Rate = typing.Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 Finite = typing.Annotated[float, pydantic.Field(allow_inf_nan=False)]
 
@@ -307,7 +309,7 @@ class Config:
     """A whole run."""
 
     name: str = "run"
-    seed: int = 0
+    seed: Seed = 0
     model: Model = Model()
     task: Task = Task()
     lora: Lora = Lora()
@@ -351,6 +353,8 @@ def _build(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> 
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if any(f"{key}.".startswith(f"{item.partition('=')[0]}.") for item in overrides):
+            origin = "override"
         raise SealError(f"{origin}: {key}={first['input']!r}: {first['msg']}") from error
 
 

@@ -12,6 +12,23 @@ import yaml
 
 from seal_jax.errors import SealError
 
+# What the loader raises for odd dates, numbers, tags and depths, besides its own errors.
+_ODD = (yaml.YAMLError, ValueError, KeyError, OverflowError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a group: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"{key.value!r} stands there twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 def read(path: Path) -> dict[str, Any]:
     """Returns the settings in a YAML file."""
@@ -23,11 +40,12 @@ def read(path: Path) -> dict[str, Any]:
 def parse(text: bytes, origin: str) -> dict[str, Any]:
     """Returns the settings in the text of a YAML file; `origin` names it in errors."""
     try:
-        tree = yaml.safe_load(text.decode())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = yaml.load(text.decode(), Loader=_Loader)
+    except _ODD as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise SealError(f"{origin}{where}: not valid YAML") from error
+        what = f": {error.problem}" if isinstance(error, yaml.constructor.ConstructorError) else ""
+        raise SealError(f"{origin}{where}: not valid YAML{what}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -49,8 +67,8 @@ def overridden(
         if not sep or not key:
             raise SealError(f"override {item!r}: expected key=value, such as inner.epochs=5")
         try:
-            branch: Any = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            branch: Any = yaml.load(text, Loader=_Loader)
+        except _ODD as error:
             raise SealError(f"override {item!r}: the value is not YAML") from error
         for part in reversed(key.split(".")):
             branch = {part: branch}

@@ -65,8 +65,7 @@ def _run(cfg: Config, folder: str | Path | None) -> Report:
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
     mesh = sharding.make(cfg.mesh)
     runs.check_trackers(cfg.trackers)
-    path = runs.open_run(cfg, folder)
-    with runs.alone(path):
+    with runs.opened(cfg, folder, (*task.contexts, *task.held_out)) as path:
         return _rounds(cfg, task, mesh, path)
 
 
@@ -94,6 +93,8 @@ def _rounds(cfg: Config, task: Task, mesh: Mesh | None, path: Path) -> Report:
 
 def check(cfg: Config, task: Task) -> None:
     """Raises SealError where the task has too few contexts for the settings."""
+    if task.name == "squad" and not any(context.questions for context in task.contexts):
+        raise SealError("task.path: no passage has a question, so no self-edit can be rewarded")
     need = cfg.outer.rounds * cfg.outer.contexts
     if need and len(task.contexts) < cfg.outer.contexts:
         raise SealError(

@@ -59,7 +59,7 @@ def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> 
       SealError: for unreadable files, before the model is loaded.
     """
     runtime.set_flags(cfg.compiler)
-    with multihost.together(cfg.distributed):
+    with multihost.together(cfg.distributed, heed=False):  # nothing is saved before the end
         return _teach(cfg, passage, out)
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,20 +27,23 @@ from seal_jax.errors import SealError, Stopped
 
 LOST = 75  # exit status of a process that another one left alone (EX_TEMPFAIL)
 _GRACE_S = 5
-_asked = threading.Event()
+_asked: set[int] = set()  # signals
 
 
 @contextlib.contextmanager
-def together(settings: config_lib.Distributed) -> Iterator[None]:
+def together(settings: config_lib.Distributed, heed: bool = True) -> Iterator[None]:
     """Joins the processes of a run, and keeps watch over them until it ends.
 
-    Inside, SIGTERM (a preempted machine) makes `check` stop the run at its next record.
+    Inside, SIGTERM (a preempted machine) and Ctrl-C make `check` stop the run at its next record.
+
+    Args:
+      heed: Whether there are records to stop at; else signals do what they always do.
 
     Raises:
       SealError: where the others cannot be reached.
     """
     _join(settings)
-    with _heeding_sigterm():
+    with _heeding_signals() if heed else contextlib.nullcontext():
         if jax.process_count() == 1:
             yield
             return
@@ -130,13 +134,15 @@ def _broadcast(message: bytes) -> bytes:
 
 
 def check() -> None:
-    """Raises Stopped in every process where any of them was asked to stop.
+    """Raises Stopped, or KeyboardInterrupt, in every process where any of them was asked to stop.
 
     Called after records were written, by all processes at the same places.
     """
-    asked = _asked.is_set()
+    asked = max(_asked, default=0)
     if jax.process_count() > 1:
-        asked = bool(np.any(multihost_utils.process_allgather(np.bool_(asked))))
+        asked = int(np.max(multihost_utils.process_allgather(np.int32(asked))))
+    if asked == signal.SIGINT:
+        raise KeyboardInterrupt
     if asked:
         raise Stopped(
             "stopped by SIGTERM; records are saved and the same command goes on from here"
@@ -144,22 +150,29 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def _heeding_sigterm() -> Iterator[None]:
+def _heeding_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # a notebook's or a test's thread cannot handle signals
         return
 
-    def ask(number, frame) -> None:
-        _asked.set()
-        signal.signal(signal.SIGTERM, before)  # a second one ends the process at once
-        print("seal-jax: SIGTERM: stopping at the next record", file=sys.stderr, flush=True)
+    def ask(number: int, frame: Any) -> None:
+        # Raised here, Ctrl-C could come up in a finaliser, where Python swallows it, or in C++.
+        _asked.add(number)
+        signal.signal(number, before[number])  # a second one ends the process at once
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        print(f"seal-jax: {name}: stopping at the next record", file=sys.stderr, flush=True)
 
     _asked.clear()
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored, as Ctrl-C is in the background, or is not Python's stays as it is.
+    before = {k: v for k, v in before.items() if v not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _asked.clear()
 
 

@@ -30,6 +30,10 @@ from seal_jax.config import Config
 from seal_jax.sft import finetune
 from seal_jax.tasks import Context, Task
 
+# What the records of a run folder have to hold to be gone on with.
+_EDIT: dict[str, type] = {"context": str, "index": int, "text": str}
+_TESTED: dict[str, type] = {"context": str, "index": int, "seed": int, "reward": float}
+
 
 class Scored(NamedTuple):
     """A self-edit and its rewards, one for each seed of the inner loop."""
@@ -109,7 +113,7 @@ def write_edits(
 ) -> list[SelfEdit]:
     """Returns n self-edits for each context, from the file's records or newly written to it."""
     lm = readers.ready(lm, cfg.mesh)
-    seen = {(row["context"], row["index"]) for row in runs.records(file)}
+    seen = {(row["context"], row["index"]) for row in runs.records(file, **_EDIT)}
     group = max(1, (cfg.sampling.chunk or 64) // n)
     longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
     grammar = None if task.grammar is None else sampling.constrain(lm, task.grammar)
@@ -123,7 +127,8 @@ def write_edits(
                 runs.append(file, [r for r in rows if (r["context"], r["index"]) not in seen])
                 multihost.check()
             advance(len(wanted))
-    by_place = {(row["context"], row["index"]): row["text"] for row in runs.records(file)}
+    rows = runs.records(file, **_EDIT)
+    by_place = {(row["context"], row["index"]): row["text"] for row in rows}
     return [SelfEdit(c, i, by_place[c.id, i]) for c in contexts for i in range(n)]
 
 
@@ -151,7 +156,7 @@ def test_edits(
 ) -> list[runs.Record]:
     """Returns a record for each self-edit and seed: its reward, answers, verdicts and losses."""
     lm = readers.ready(lm, cfg.mesh)
-    seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file)}
+    seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file, **_TESTED)}
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:
         for seed in range(seeds):
@@ -200,7 +205,8 @@ def base_rewards(
     lm: LM, task: Task, contexts: Sequence[Context], file: Path, cfg: Config
 ) -> list[float]:
     """Returns the un-adapted model's reward on each context: once per policy, kept on file."""
-    found = {row["context"]: row["reward"] for row in runs.records(file)}
+    kinds = {"context": str, "reward": float}
+    found = {row["context"]: row["reward"] for row in runs.records(file, **kinds)}
     if any(context.id not in found for context in contexts):
         scores = rewards.score(readers.ready(lm, cfg.mesh), None, task, contexts, cfg)
         each = zip(contexts, scores.reward, scores.verdicts, scores.answers, strict=True)

@@ -63,7 +63,8 @@ def export(run: str | Path, folder: Path, name: str | None = None) -> Path:
     rounds = range(cfg.outer.rounds)
     known = [f"control/round_{i}" for i in rounds] + [f"round_{i}" for i in rounds]
     known = [x for x in known if files.exists(home / x / "policy")]
-    name = name or next((x for x in reversed(known) if x.startswith("round")), None)
+    if name is None:
+        name = next((x for x in reversed(known) if x.startswith("round")), None)
     if name not in known:
         there = ", ".join(known) or "none"
         raise SealError(f"{home}: no policy {name or 'of a round'} there (there is: {there})")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ import jax
 from seal_jax import config as config_lib
 from seal_jax import files, multihost
 from seal_jax.errors import SealError
+from seal_jax.tasks import Context
 
 Record = dict[str, Any]
 # Settings that change no record: a run may go on with others.
@@ -26,13 +28,52 @@ _MACHINE = ("mesh", "distributed", "compiler", "trackers")
 _CHUNKS = ("inner.chunk", "sampling.chunk", "answers.chunk")
 
 
-def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
-    """Returns the run's folder, new or to be resumed.
+@contextlib.contextmanager
+def opened(
+    cfg: config_lib.Config, folder: str | Path | None, contexts: Sequence[Context]
+) -> Iterator[files.AnyPath]:
+    """Gives the run's folder, new or to be resumed, to this run alone.
 
     Raises:
-      SealError: where the folder holds a run with other settings.
+      SealError: where the folder holds a run with other settings or contexts, or another run is at
+        work there.
     """
     path = files.path(folder or Path("runs") / cfg.name)
+    _fits(cfg, path)  # before anything is made
+    with alone(path):
+        open_run(cfg, path, contexts)
+        yield path
+
+
+def open_run(
+    cfg: config_lib.Config, folder: str | Path | None = None, contexts: Sequence[Context] = ()
+) -> files.AnyPath:
+    """Returns the run's folder, new or to be resumed.
+
+    Args:
+      contexts: All that the run may use. Those with which it began are the ones it goes on with.
+
+    Raises:
+      SealError: where the folder holds a run with other settings or contexts.
+    """
+    path = files.path(folder or Path("runs") / cfg.name)
+    digest = _digest(contexts) if contexts else None
+    if _fits(cfg, path):
+        began = files.read(path / "environment.json")
+        known = json.loads(began).get("contexts") if began else None
+        if known and digest and known != digest:
+            raise SealError(
+                f"{path}: began with other contexts: what task {cfg.task.name!r} reads (task.path, "
+                "task.held_out) has changed"
+            )
+        return path
+    write_json(path / "environment.json", environment() | {"contexts": digest})
+    write_text(path / "config.yaml", config_lib.dump(cfg))  # last: a folder with it is a run
+    return path
+
+
+def _fits(cfg: config_lib.Config, path: files.AnyPath) -> bool:
+    """Returns whether a folder holds a run already, which is of these settings."""
     file = path / "config.yaml"
     found = files.read(file)
     if found is not None:
@@ -42,14 +83,18 @@ def open_run(cfg: config_lib.Config, folder: str | Path | None = None) -> Path:
         if changed:
             keys = ", ".join(changed)
             raise SealError(f"{path}: holds a run with other settings ({keys}); name a new one")
-        return path
+        return True
     # What a kill, or a full disk, leaves of a run that had not begun.
-    draft = lambda name: name == "environment.json" or name.endswith(".partial")
+    draft = lambda name: name in ("environment.json", ".lock") or name.endswith(".partial")
     if not all(map(draft, files.entries(path))):
         raise SealError(f"{path}: not empty and no run of ours (no config.yaml)")
-    write_json(path / "environment.json", environment())
-    write_text(file, config_lib.dump(cfg))  # last: a folder with settings is a run
-    return path
+    return False
+
+
+def _digest(contexts: Sequence[Context]) -> str:
+    """Returns what names contexts by what they say and ask."""
+    said = [[x.id, x.title, x.passage, [list(q) for q in x.questions]] for x in contexts]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def settings(path: files.AnyPath) -> config_lib.Config:
@@ -127,13 +172,16 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SealError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", "?")
         raise SealError(f"{file}, line {line}: not valid JSON") from error
 
 
-def records(file: Path) -> list[Record]:
+def records(file: Path, **kinds: type) -> list[Record]:
     """Returns the records of a JSON-lines file; a torn last line is dropped from the file too.
+
+    Args:
+      kinds: What every record has to have, as `context=str`.
 
     Raises:
       SealError: where a line before the last is damaged, naming it.
@@ -142,7 +190,12 @@ def records(file: Path) -> list[Record]:
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         files.truncate(file, whole)
-    return _parsed(data[:whole], file)
+    found = _parsed(data[:whole], file)
+    for number, row in enumerate(found, 1):
+        for key, kind in kinds.items():
+            if not isinstance(row.get(key), (int, float) if kind is float else kind):
+                raise SealError(f"{file}, line {number}: {key!r} is not as a run writes it")
+    return found
 
 
 def whole_records(file: Path) -> list[Record]:
@@ -151,12 +204,16 @@ def whole_records(file: Path) -> list[Record]:
     return _parsed(data[: data.rfind(b"\n") + 1], file)
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def _parsed(data: bytes, file: Path) -> list[Record]:
     found = []
     for number, line in enumerate(data.splitlines(), 1):
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
             raise SealError(f"{file}, line {number}: not valid JSON") from error
         if not isinstance(row, dict):
             raise SealError(f"{file}, line {number}: not a record")
@@ -176,6 +233,7 @@ def alone(folder: files.AnyPath) -> Iterator[None]:
         def lock() -> bytes:
             if not isinstance(folder, Path):
                 return b"free"
+            folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / ".lock", "w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -178,6 +178,14 @@ def test_half_precision_weights_are_cast_as_asked(copy, params):
         ({"hidden_size": "remove"}, "no key 'hidden_size'"),
         ({"hidden_size": "wide"}, "'wide'"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 is no size"),
+        ({"hidden_size": -16}, "hidden_size=-16 is no size"),
+        ({"vocab_size": 1 << 40}, "vocab_size=1099511627776 is no size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True is no size"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0 is not a number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan is not a number above 0"),
+        ({"eos_token_id": "x"}, "eos_token_id='x' is no token"),
+        ({"architectures": 5}, "is not one of"),
     ],
 )
 def test_a_config_we_cannot_honour_is_refused_by_name(copy, changes, sentence):
@@ -227,6 +235,39 @@ def test_a_corrupt_file_is_named(copy, damage):
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"\xff" * 500)
     with pytest.raises(SealError, match=r"model\.safetensors"):
+        read(copy)
+
+
+@pytest.mark.parametrize("size", [{"vocab_size": 2**31 - 1}, {"num_hidden_layers": 2**31 - 1}])
+def test_sizes_are_compared_with_the_file_before_room_is_made(copy, size):
+    edit_config(copy, **size)
+    with pytest.raises(SealError, match="has shape|is missing"):
+        read(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "null"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_tokenizer_files_of_another_kind_are_refused(copy, file, text):
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (copy / file).write_text(text)
+    if not (copy / "tokenizer.json").exists():
+        (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(SealError, match="tokenizer files cannot be read"):
+        checkpoint.load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("name", [5, None, "", "../x", "/x"])
+def test_an_index_names_files_of_its_folder(copy, name):
+    table = {"weight_map": {"model.embed_tokens.weight": name}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(table))
+    with pytest.raises(SealError, match="is not a file of this folder"):
         read(copy)
 
 

@@ -93,3 +93,30 @@ def test_a_mistake_in_a_file_is_named_with_the_file(text, words, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SealError, match="none.yaml: no such configuration file"):
         config.load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "inner: {epochs: 3}\nname: a\ninner: {epochs: 4}",
+            "line 3: .*'inner' stands",
+        ),
+        ("name: 2001-99-99", "not valid YAML"),
+        ("name: !!int foo", "not valid YAML"),
+        ("name: !!bool foo", "not valid YAML"),
+        ("seed: " + "1" * 5000, "not valid YAML"),
+        ("name: " + "[" * 3000, "not valid YAML"),
+    ],
+)
+def test_odd_yaml_is_refused_with_a_sentence(tmp_path, text, message):
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    with pytest.raises(SealError, match=message):
+        config.load_config(file)
+
+
+@pytest.mark.parametrize("change", ["seed=-1", "seed=4294967296", "sampling.max_tokens=2147483648"])
+def test_numbers_beyond_what_jax_holds_are_refused_as_overrides(change):
+    with pytest.raises(SealError, match=f"^override: {change}: Input should be"):
+        config.load_config(None, [change])

@@ -1,11 +1,13 @@
 """The run folder: records survive torn lines, folders of other runs are refused."""
 
+import dataclasses
 import json
 
 import pytest
 
 from seal_jax import config, runs
 from seal_jax.errors import SealError
+from seal_jax.tasks import Context, Question
 
 
 def test_records_come_back_as_written_in_order(tmp_path):
@@ -92,3 +94,43 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n3\n')
     with pytest.raises(SealError, match="line 2: not a record"):
         runs.records(tmp_path / "x.jsonl")
+
+
+def test_of_two_runs_in_a_new_folder_the_second_changes_nothing(tmp_path):
+    first, second = (config.load_config(None, [f"seed={i}"]) for i in range(2))
+    with runs.opened(first, tmp_path / "run", ()) as folder:
+        (folder / "config.yaml").unlink()  # as if it had not come so far
+        with pytest.raises(SealError, match="another run is at work there"):
+            with runs.opened(second, tmp_path / "run", ()):
+                pass
+        assert not (folder / "config.yaml").exists()
+    with runs.opened(second, tmp_path / "run", ()) as folder:
+        assert config.load_config(folder / "config.yaml") == second
+
+
+def test_a_run_does_not_go_on_with_other_contexts(tmp_path):
+    cfg = config.load_config(None)
+    context = Context("a", "T", "P", (Question("", "gold", "Q?"),))
+    other = dataclasses.replace(context, questions=(Question("", "other", "Q?"),))
+    for _ in range(2):
+        with runs.opened(cfg, tmp_path / "run", [context]):
+            pass
+    with pytest.raises(SealError, match="began with other contexts"):
+        with runs.opened(cfg, tmp_path / "run", [other]):
+            pass
+
+
+@pytest.mark.parametrize("line", ['{"context": "a"}', '{"context": "a", "reward": null}'])
+def test_a_record_that_lacks_something_is_named(tmp_path, line):
+    file = tmp_path / "rewards.jsonl"
+    file.write_text('{"context": "a", "reward": 1}\n' + line + "\n")
+    with pytest.raises(SealError, match="rewards.jsonl, line 2: 'reward' is not as a run writes"):
+        runs.records(file, context=str, reward=float)
+
+
+@pytest.mark.parametrize("line", ['{"a": NaN}', "[" * 100_000])
+def test_a_record_that_json_has_not_is_refused(tmp_path, line):
+    file = tmp_path / "rewards.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(SealError, match="line 1: not valid JSON"):
+        runs.records(file)

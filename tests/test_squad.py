@@ -217,6 +217,9 @@ def test_ids_are_stable_and_unique_even_for_equal_passages(tmp_path):
         (json.dumps([ENTRY, {"title": "T", "context": "C"}]), "entry 1: no 'questions'"),
         (json.dumps([ENTRY | {"context": None}]), "entry 0: 'context' is not text"),
         (json.dumps([ENTRY | {"context": " "}]), "entry 0: the context is blank"),
+        (json.dumps([ENTRY | {"title": "\ud800"}]), "entry 0: 'title' is not text: half of a"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[" + "1" * 5000 + "]", "not valid JSON"),
         (
             json.dumps([ENTRY | {"questions": [{"question": "Q"}]}]),
             "entry 0, question 0: no 'answer'",
@@ -354,9 +357,3 @@ def test_passages_without_a_question_are_neither_trained_on_nor_held_out(tmp_pat
     assert "mixed.json: 3 passages without a question left out" in capsys.readouterr().err
     none = config.Task(path=write(tmp_path / "none.json", blank), size=2)
     assert len(squad.task(none, right_if_equal).contexts) == 2
-
-
-def test_a_lone_surrogate_has_an_id_too(tmp_path):
-    path = tmp_path / "odd.json"
-    path.write_text(json.dumps([ENTRY | {"title": "\ud800"}]))
-    assert len(squad.load(path)[0].id) == 12

@@ -110,6 +110,7 @@ def cpt(subject: Subject, cfg: Config) -> Found:
     prompts = [item.question.prompt for item in request.asked]
     lm = subject.models.load_adapted(subject.policy)
     before = engine.answer(lm, prompts, cfg)
+    multihost.check()
     saved = home / "policy"
     if files.exists(saved):
         trained = lm._replace(params=state.load_tree(saved, lm.params))
@@ -117,6 +118,7 @@ def cpt(subject: Subject, cfg: Config) -> Found:
         progress.say(f"continued pretraining: {len(request.texts)} texts")
         trained = engine.pretrain(lm, request.edit, outer.key_of(cfg, "cpt"), cfg)
         state.save_tree(saved, trained.params)
+    multihost.check()
     after = engine.answer(trained, prompts, cfg)
     right = [engine.verdicts(task, request.asked, answers, cfg) for answers in (before, after)]
     content = cpt_file.result(

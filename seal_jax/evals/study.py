@@ -90,8 +90,7 @@ def _run(cfg: Config, setting: str, folder: str | Path) -> Study:
     policy = _policy(cfg)
     mesh = sharding.make(cfg.mesh)
     runs.check_trackers(cfg.trackers)
-    path = runs.open_run(cfg, folder)
-    with runs.alone(path):
+    with runs.opened(cfg, folder, (*task.contexts, *task.held_out)) as path:
         models = policies.Policies(checkpoint.load_model(cfg.model, mesh=mesh), cfg.outer.adapt)
         metrics = runs.Metrics(path, cfg.trackers, cfg.name)
         home = path / "eval" / setting

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise SealError(f"{path}: no such file")
+        raise SealError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(
+            path, "rt", encoding="utf-8-sig"
+        ) as file:
             return json.load(file)
     except json.JSONDecodeError as error:
         raise SealError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise SealError(f"{path}: not a readable UTF-8 file: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number, or a depth, beyond Python's
+        raise SealError(f"{path}: not valid JSON: {error}") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -52,7 +57,10 @@ def need(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any
         names = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(_NAMES.get(name, name.__name__) for name in names)
         raise SealError(f"{where}: {key!r} is not {expected}")
+    if isinstance(entry[key], str) and _SURROGATE.search(entry[key]):
+        raise SealError(f"{where}: {key!r} is not text: half of a surrogate pair stands alone")
     return entry[key]
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _NAMES = {str: "text", list: "a list", dict: "an object", float: "a number", int: "a number"}

@@ -73,7 +73,7 @@ def from_entries(entries: list[Any], origin: str) -> list[Context]:
 
 def context_id(title: str, passage: str) -> str:
     """Returns the name of a passage: the same wherever and in whatever order it is read."""
-    return hashlib.sha256(f"{title}\0{passage}".encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return hashlib.sha256(f"{title}\0{passage}".encode()).hexdigest()[:12]
 
 
 def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
