@@ -148,12 +148,14 @@ def _refuse(raw: dict[str, Any], file: Path) -> None:
 
 
 def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
-    new = raw.get("rope_parameters") or {}
-    scaling = new or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if old and new and old != new:  # transformers 5 would forget the theta of the new ones
+        raise SealError(f"{file}: rope_scaling and rope_parameters differ; only one can hold")
+    scaling = new or old
+    if not isinstance(scaling, dict) or any(isinstance(x, dict) for x in scaling.values()):
         raise SealError(f"{file}: rope_scaling={scaling!r} is not supported")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = new.get("rope_theta") or raw.get("rope_theta") or 10_000.0
+    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     theta = _number(theta, "rope_theta")
     if kind == "default":
         return {"rope_theta": theta}
@@ -178,8 +180,9 @@ def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         value = source.get("eos_token_id")
         ends += value if isinstance(value, list) else [] if value is None else [value]
     for end in ends:
-        if not isinstance(end, int) or not 0 <= end < 1 << 31:
+        if not isinstance(end, int) or end >= 1 << 31:
             raise ValueError(f"eos_token_id={end!r} is no token")
+    ends = [end for end in ends if end >= 0]  # -1 is said for none
     return {"eos_ids": tuple(dict.fromkeys(ends)), "bos_id": raw.get("bos_token_id")}
 
 
@@ -187,6 +190,7 @@ def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:
     """Returns config.json in transformers 4's spelling, which version 5 reads as well."""
     name = next(k for k, v in _FAMILIES.items() if v == config.family)
     scaling = config.rope_scaling
+    ends = list(config.eos_ids)
     return {
         "architectures": [name],
         "model_type": config.family,
@@ -204,6 +208,6 @@ def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:
         "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling._asdict()},
         "tie_word_embeddings": config.tied,
         "torch_dtype": str(params.embed.dtype),
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
         "bos_token_id": config.bos_id,
     }

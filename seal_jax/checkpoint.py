@@ -139,22 +139,21 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Returns the file that holds each tensor."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            places = dict(json.loads(index.read_text())["weight_map"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise SealError(f"{index}: not an index of safetensors files") from error
-        named = lambda file: isinstance(file, str) and file and Path(file).name == file
-        outside = [file for file in places.values() if not named(file)]
-        if outside:
-            raise SealError(f"{index}: {outside[0]!r} is not a file of this folder")
-        return {name: folder / file for name, file in places.items()}
-    single = folder / "model.safetensors"
-    if not single.is_file():
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():  # first, as for transformers, which leaves old indexes beside it
+        with _open(single) as file:
+            return {name: single for name in file.keys()}
+    if not index.is_file():
         raise SealError(f"{folder}: no model.safetensors and no index (only safetensors are read)")
-    with _open(single) as file:
-        return {name: single for name in file.keys()}
+    try:
+        places = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SealError(f"{index}: not an index of safetensors files") from error
+    named = lambda file: isinstance(file, str) and file and Path(file).name == file
+    outside = [file for file in places.values() if not named(file)]
+    if outside:
+        raise SealError(f"{index}: {outside[0]!r} is not a file of this folder")
+    return {name: folder / file for name, file in places.items()}
 
 
 def _open(file: Path):
@@ -228,6 +227,14 @@ def read_params(
 
         return jax.make_array_from_callback(shape, home, part)
 
+    if config.tied and "lm_head.weight" in places:
+        shape = (config.vocab_size, config.d_model)
+        embed = params_lib.table(config)["embed"].source
+        if not _equal(stored("lm_head.weight", shape), stored(embed, shape), shape):
+            raise SealError(
+                f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs "
+                "from it; tie_word_embeddings: false keeps it"
+            )
     wanted = {}
     params_lib.build(config, lambda name, weight, shape: wanted.update({name: (weight, shape)}))
     made = {}
@@ -239,6 +246,13 @@ def read_params(
 
 def _flip(shape: tuple[int, ...], weight: params_lib.Weight) -> tuple[int, ...]:
     return shape[::-1] if weight.transposed else shape
+
+
+def _equal(one: Any, other: Any, shape: tuple[int, int]) -> bool:
+    """Returns whether two stored tensors are equal, some rows at a time."""
+    step = max(1, _READ_AT_ONCE // shape[1])
+    parts = (slice(at, min(at + step, shape[0])) for at in range(0, shape[0], step))
+    return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
 def _fill(out: np.ndarray, tensor: Any, ranges: list[range], transposed: bool) -> None:

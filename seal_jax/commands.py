@@ -234,7 +234,7 @@ def pretrain(arguments: list[str]) -> None:
 def plan(arguments: list[str]) -> int:
     """Says whether a run fits a TPU slice, and what it would cost."""
     chosen = _parse(Plan, "plan", arguments)
-    from seal_jax import config, hardware, plan_text
+    from seal_jax import config, files, hardware, plan_text
     from seal_jax import plan as plan_lib
 
     if chosen.topology == "list":
@@ -246,11 +246,12 @@ def plan(arguments: list[str]) -> int:
     if chosen.tokens < 1 or chosen.candidates < 0:
         raise SealError("plan: --tokens must be at least 1, --candidates not negative")
     _local(chosen.json, "--json")
+    if chosen.json is not None:  # before the work: what is in the way is told now
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
     request = plan_lib.Request(cfg, chosen.topology, chosen.tokens, chosen.candidates)
     made = plan_lib.make(request)
     if chosen.json is not None:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(made, indent=2) + "\n")
+        files.write(chosen.json, (json.dumps(made, indent=2) + "\n").encode())
     print(plan_text.text(made))
     return 0 if made["fits"] else 1
 

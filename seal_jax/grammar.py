@@ -161,10 +161,12 @@ def compile(
       vocab_size: The model's, which may be larger than the tokenizer's, or smaller.
 
     Raises:
-      SealError: where the tokens cannot write any text of the language.
+      SealError: where the tokens cannot write any text of the language, or none ends one.
     """
     vocab = vocab_size or len(texts)
     texts, end_ids = texts[:vocab], [i for i in end_ids if i < vocab]
+    if not end_ids:
+        raise SealError("a grammar needs a token that ends a text, and the model has none")
     table = np.full((len(language.steps), vocab), -1, np.int32)
     trie: dict = {}
     for token, word in enumerate(texts):

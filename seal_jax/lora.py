@@ -121,13 +121,16 @@ def merge(params: "Params", adapter: Adapter, cfg: object = None) -> "Params":
       cfg: Not needed, since an adapter carries its scale; accepted like in `save_peft`.
 
     Raises:
-      SealError: for several adapters, stacked.
+      SealError: for several adapters, stacked, or one of another model.
     """
     del cfg
     check_single(adapter)
     layers = dict(params.layers)
     for target, a in adapter.a.items():
-        layers[target] = _merged(layers[target], a, adapter.b[target], scale=adapter.scale)
+        b = adapter.b[target]
+        if (*a.shape[:2], b.shape[2]) != layers[target].shape:
+            raise SealError(f"the adapter is of another model: {target} has other sizes there")
+        layers[target] = _merged(layers[target], a, b, scale=adapter.scale)
     return params.replace(layers=layers)
 
 

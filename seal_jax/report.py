@@ -55,7 +55,9 @@ def write(run: str | Path, out: str | Path | None = None) -> files.AnyPath:
     file = home / "report.html" if out is None else files.path(out)
     try:
         text = _render(home, cfg)
-    except (LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
+    except SealError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
         raise SealError(f"{home}: a record is not as runs write it: {error}") from error
     runs.write_text(file, text)
     return file

@@ -25,6 +25,7 @@ from seal_jax.tiles import Tile
 
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
+_COLDEST = 1e-6  # below it a temperature is none
 _MARK = re.compile(r"<\|\w+\|>")  # of a chat
 
 
@@ -63,7 +64,7 @@ def decode(
     Args:
       prompts: Token ids [c][b][t]; b may differ between the c.
       adapters: Stacked [c, ...]: one for each c. One adapter (or None) goes with c = 1.
-      temperature: 0 is greedy.
+      temperature: 0 is greedy, and so is less than a millionth, by which float32 cannot divide.
       key: Needed unless greedy.
       ids: Names of the rows [c][b], 32 bits: a row's draws depend on key and name alone.
       chunk: Sequences decoded together; 0 chooses by the device and its memory.
@@ -78,6 +79,7 @@ def decode(
             f"samples={samples}, temperature={temperature}, top_p={top_p}: expected at least 1, at "
             "least 0, and above 0 up to 1"
         )
+    temperature = temperature if temperature >= _COLDEST else 0.0
     if temperature and key is None:
         raise SealError("a temperature above 0 needs a key")
     own = adapters is not None and next(iter(adapters.a.values())).ndim == 4

@@ -1,5 +1,6 @@
 """Laws of model folders: written and read bit for bit; what is wrong gets a sentence."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from seal_jax import checkpoint, model
+from seal_jax import architecture, checkpoint, model
 from seal_jax.checkpoint import LM
 from seal_jax.errors import SealError
 
@@ -220,10 +221,39 @@ def test_a_tensor_of_integers_is_named(copy):
         read(copy)
 
 
-def test_a_tied_config_with_an_untied_head_is_still_the_models_own_choice(copy, params):
-    # The head in the file is unused, as in transformers.
+def test_a_tied_config_beside_a_head_of_its_own_is_refused_a_copy_of_the_embedding_is_not(copy):
     edit_config(copy, tie_word_embeddings=True)
+    with pytest.raises(SealError, match=r"lm_head\.weight differs"):
+        read(copy)
+    edit_tensors(copy, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"]}))
     assert read(copy).head is None
+
+
+def test_a_whole_file_counts_more_than_an_index_that_was_left(copy, params):
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    chex.assert_trees_all_equal(read(copy), params)
+
+
+def test_rotary_settings_are_read_from_the_only_place_or_refused(copy):
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 32, "rope_theta": 777.0}
+    edit_config(copy, rope_parameters=None, rope_theta="remove", rope_scaling=scaled)
+    found = checkpoint.read_config(copy)
+    assert found.rope_theta == 777 and found.rope_scaling.factor == 8
+    edit_config(copy, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    with pytest.raises(SealError, match="rope_scaling and rope_parameters differ"):
+        checkpoint.read_config(copy)
+    edit_config(copy, rope_scaling=None, rope_parameters={"full_attention": {"factor": 4.0}})
+    with pytest.raises(SealError, match="is not supported"):
+        checkpoint.read_config(copy)
+
+
+def test_a_model_without_an_end_of_text_says_none(copy, params):
+    config = dataclasses.replace(params.config, eos_ids=())
+    assert architecture.write_config(config, params)["eos_token_id"] is None
+    edit_config(copy, eos_token_id=[-1, 3])
+    assert checkpoint.read_config(copy).eos_ids == (3,)
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "absent"])
@@ -267,6 +297,7 @@ def test_tokenizer_files_of_another_kind_are_refused(copy, file, text):
 def test_an_index_names_files_of_its_folder(copy, name):
     table = {"weight_map": {"model.embed_tokens.weight": name}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(table))
+    (copy / "model.safetensors").unlink()
     with pytest.raises(SealError, match="is not a file of this folder"):
         read(copy)
 

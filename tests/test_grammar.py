@@ -130,3 +130,9 @@ def test_tokens_that_cannot_write_the_language_are_an_error():
     # `a` leads nowhere, `ab` does not: only the second may begin.
     rules = grammar.compile(language, ["a", "ab", ""], [2])
     assert rules.allowed(np.int32(0)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("end_ids", [(), (40,)])
+def test_a_grammar_without_a_token_to_end_on_is_refused(end_ids):
+    with pytest.raises(SealError, match="needs a token that ends a text"):
+        grammar.compile(grammar.automaton(text("ab")), ["x", "a", "b"], end_ids)

@@ -1,5 +1,7 @@
 """Laws of adapters: a fresh one is nothing, and merge and concat are what the live one does."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,12 @@ def test_merged_weights_act_as_the_live_adapter(family, models):
     assert np.abs(live - forward(params, None, tokens_bt)).max() > 0.1
     merged = lora.merge(params, adapter)
     chex.assert_trees_all_close(forward(merged, None, tokens_bt), live, **CLOSE)
+
+
+def test_an_adapter_of_another_model_is_not_merged(params):
+    other = dataclasses.replace(params.config, d_ff=params.config.d_ff + 2)
+    with pytest.raises(SealError, match="of another model: down"):
+        lora.merge(params, toys.adapter(other, targets=("down",)))
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "o", "gate", "up", "down")])

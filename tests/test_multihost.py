@@ -67,7 +67,8 @@ def launch(home, words, devices=1):
     }
     command = [sys.executable, "-m", "seal_jax", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a pytest worker ignores
+    return subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes)
 
 
 def pair():
@@ -162,13 +163,16 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_a_restart_goes_on(h
     check_same(folder, alone)
 
 
-def test_sigterm_stops_at_the_next_record_and_the_same_command_goes_on(home, alone):
-    folder = home / "stopped"
+@pytest.mark.parametrize(("number", "ends_with"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_at_the_next_record_and_the_same_command_goes_on(
+    home, alone, number, ends_with
+):
+    folder = home / f"stopped_{ends_with}"
     process = launch(home, arguments(home, folder))
     wait_for(process, lambda: count(folder / "round_0" / "edits.jsonl") >= 1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     (status,), (text,) = ends([process])
-    assert status == 143 and "the same command goes on from here" in text
+    assert status == ends_with and "the same command goes on from here" in text
     assert not (folder / "round_0" / "summary.json").exists()
     assert main(arguments(home, folder)) == 0
     check_same(folder, alone)

@@ -131,7 +131,8 @@ def test_what_is_no_run_is_a_sentence_and_leaves_nothing(folder, tmp_path, capsy
     with pytest.raises(SealError, match="rewards.jsonl, line 2"):
         report.write(folder, tmp_path / "other.html")
     (folder / "round_0" / "rewards.jsonl").unlink()
-    (folder / "eval" / "table.json").write_text(json.dumps({"base": 3}))
+    odd = {"trials": 2, "rewards": [0.0, "x"]}
+    (folder / "eval" / "table.json").write_text(json.dumps({"base": odd}))
     with pytest.raises(SealError, match="a record is not as runs write it"):
         report.write(folder, tmp_path / "other.html")
     assert not (tmp_path / "other.html").exists()

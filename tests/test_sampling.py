@@ -77,3 +77,10 @@ def test_adapters_of_their_own_go_on_in_the_next_program(monkeypatch):
         made = sampling.decode(lm, [PROMPTS[:3], PROMPTS[3:]], adapters, max_tokens=12)
         answers.append([[one[0].tokens for one in rows] for rows in made])
     chex.assert_trees_all_equal(*answers)
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
+    lm = model()
+    greedy, _ = written(lm, samples=1, max_tokens=6, temperature=0.0)
+    for cold in (1e-7, 1e-38, 1e-46):
+        assert written(lm, samples=1, max_tokens=6, temperature=cold)[0] == greedy

@@ -150,6 +150,8 @@ def _policy(cfg: Config) -> policies.Saved:
     folder = folder / "policy" if files.exists(folder / "policy") else folder
     if not files.exists(folder):
         raise SealError(f"evaluation.policy: {folder}: no such folder")
+    if files.exists(folder / "config.yaml"):
+        raise SealError(f"evaluation.policy: {folder}: a run; name a round of it, as round_0")
     state.check_tree(folder, params.shapes(config))
     return folder
 

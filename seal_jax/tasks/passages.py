@@ -115,7 +115,10 @@ def _rows(name: str) -> Iterable[dict[str, Any]]:
             return load_dataset(suffix, data_files=name, split="train")
         return load_dataset(name if Path(name).is_dir() else hub_id, split=split or "train")
     except Exception as error:  # datasets raises many kinds, from network and parsing alike
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first: BaseException = error
+        while first.__cause__ is not None:  # the last one says no more than that there was one
+            first = first.__cause__
+        reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
         raise SealError(f"{name}: cannot be read as a file or hub data set: {reason}") from error
 
 
