@@ -51,8 +51,12 @@ def together(settings: config_lib.Distributed, heed: bool = True) -> Iterator[No
         try:
             yield
         except BaseException as error:
+            planned = isinstance(error, Stopped | KeyboardInterrupt)
+            if not planned and not isinstance(error, SealError):
+                # A collective fails when another process is lost: the line to it says which.
+                time.sleep(_GRACE_S / 5)
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            say("" if isinstance(error, Stopped) else f"stopped: {reason[0]}")
+            say("" if planned else f"stopped: {reason[0]}")
             raise
         say("")
 

@@ -34,6 +34,12 @@ SMALL = [
     "evaluation.contexts=0",
     "distributed.start_s=120",
 ]
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a worker of pytest ignores
+from seal_jax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
 LATE = 240  # seconds after which a test gives up
 
 
@@ -65,10 +71,9 @@ def launch(home, words, devices=1):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, "-m", "seal_jax", *words]
+    command = [sys.executable, "-c", COMMAND, *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a pytest worker ignores
-    return subprocess.Popen(command, env=environment, preexec_fn=heed, **pipes)
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def pair():
