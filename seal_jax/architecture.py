@@ -84,16 +84,13 @@ def read_config(folder: Path) -> ModelConfig:
     _refuse(raw, file)
     try:
         d, n = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-        heads = "num_key_value_heads"
         config = ModelConfig(
             vocab_size=_size(raw, "vocab_size"),
             d_model=d,
             n_layers=_size(raw, "num_hidden_layers"),
             n_heads=n,
-            n_kv_heads=_size(raw, heads) if raw.get(heads) is not None else n,
-            d_head=_size(raw, "head_dim")
-            if raw.get("head_dim") is not None
-            else (128 if family == "qwen3" else d // n),
+            n_kv_heads=_size(raw, "num_key_value_heads", n),
+            d_head=_size(raw, "head_dim", 128 if family == "qwen3" else d // n),
             d_ff=_size(raw, "intermediate_size"),
             rms_eps=_number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps"),
             tied=bool(raw.get("tie_word_embeddings", False)),
@@ -115,8 +112,9 @@ def read_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _size(raw: dict[str, Any], key: str) -> int:
-    size = raw[key]
+def _size(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    size = raw[key] if default is None else raw.get(key)
+    size = default if size is None else size
     if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 31:
         raise ValueError(f"{key}={size!r} is no size")
     return size

@@ -92,9 +92,9 @@ def _rounds(cfg: Config, task: Task, mesh: Mesh | None, path: Path) -> Report:
 
 
 def check(cfg: Config, task: Task) -> None:
-    """Raises SealError where the task has too few contexts for the settings."""
-    if task.name == "squad" and not any(context.questions for context in task.contexts):
-        raise SealError("task.path: no passage has a question, so no self-edit can be rewarded")
+    """Raises SealError where the task has too few contexts for the settings, or asks nothing."""
+    if task.contexts and not any(map(task.questions, task.contexts)):
+        raise SealError("task: no context has a question, so no self-edit can be rewarded")
     need = cfg.outer.rounds * cfg.outer.contexts
     if need and len(task.contexts) < cfg.outer.contexts:
         raise SealError(
@@ -223,7 +223,7 @@ def _kept_record(x: outer.Scored, replayed: bool = False) -> runs.Record:
         "reward": x.reward if x.rewards else None,
         "replayed": replayed,
         "prompt": x.prompt,
-        "completion": x.text.strip(),
+        "completion": x.text,
     }
 
 

@@ -27,6 +27,7 @@ from seal_jax.errors import SealError, Stopped
 
 LOST = 75  # exit status of a process that another one left alone (EX_TEMPFAIL)
 _GRACE_S = 5
+_MOMENT_S = 1  # for a sentence to be said
 _asked: set[int] = set()  # signals
 
 
@@ -54,7 +55,7 @@ def together(settings: config_lib.Distributed, heed: bool = True) -> Iterator[No
             planned = isinstance(error, Stopped | KeyboardInterrupt)
             if not planned and not isinstance(error, SealError):
                 # A collective fails when another process is lost: the line to it says which.
-                time.sleep(_GRACE_S / 5)
+                time.sleep(_MOMENT_S)
             reason = str(error).strip().splitlines() or [type(error).__name__]
             say("" if planned else f"stopped: {reason[0]}")
             raise
@@ -220,8 +221,8 @@ def _watch(settings: config_lib.Distributed) -> Callable[[str], None]:
             tell(own, skip=number)
             advice = "records are saved; start all processes again to go on"
             print(f"seal-jax: {own}: {advice}", file=sys.stderr, flush=True)
-            if leads():
-                time.sleep(1)  # without its coordinator JAX aborts the others before they can speak
+            if leads():  # without its coordinator JAX aborts the others before they can speak
+                time.sleep(_MOMENT_S)
             os._exit(LOST)  # the main thread may be waiting in a collective for ever
 
     for number, line in lines.items():

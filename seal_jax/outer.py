@@ -225,7 +225,7 @@ def base_rewards(
 
 
 def gather(task: Task, edits: Sequence[SelfEdit], rows: Sequence[runs.Record]) -> list[Scored]:
-    """Returns each self-edit with its rewards over seeds."""
+    """Returns each self-edit with its rewards over seeds, stripped as the reference's are."""
     by_place: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for row in rows:
         by_place.setdefault((row["context"], row["index"]), []).append((row["seed"], row["reward"]))
@@ -234,7 +234,7 @@ def gather(task: Task, edits: Sequence[SelfEdit], rows: Sequence[runs.Record]) -
             edit.context.id,
             edit.index,
             task.prompt(edit.context),
-            edit.text,
+            edit.text.strip(),
             tuple(r for _, r in sorted(by_place.get((edit.context.id, edit.index), []))),
         )
         for edit in edits
@@ -252,7 +252,7 @@ def train_policy(
         return True
     if not kept:
         return False
-    rows = [(x.prompt, x.text.strip()) for x in kept]  # as the reference's completions are
+    rows = [(x.prompt, x.text) for x in kept]
     params, losses = finetune(lm, rows, cfg.outer.sft, key)
     state.save_tree(folder, params)
     progress.say(

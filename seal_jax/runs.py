@@ -59,8 +59,9 @@ def open_run(
     path = files.path(folder or Path("runs") / cfg.name)
     digest = _digest(contexts) if contexts else None
     if _fits(cfg, path):
-        began = files.read(path / "environment.json")
-        known = json.loads(began).get("contexts") if began else None
+        known = None
+        with contextlib.suppress(ValueError, AttributeError):  # or it says nothing
+            known = json.loads(files.read(path / "environment.json") or b"{}").get("contexts")
         if known and digest and known != digest:
             raise SealError(
                 f"{path}: began with other contexts: what task {cfg.task.name!r} reads (task.path, "

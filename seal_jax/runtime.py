@@ -39,7 +39,8 @@ def keep_memory() -> None:
     """Makes a CPU's process keep what it frees, for the next call of a program.
 
     A program on a CPU takes its temporaries from malloc. glibc gives those of over 32 MiB back at
-    once, and the system clears each page anew in the next call: a fifth of the inner loop's time.
+    once, and the system clears each page anew in the next call: a fifth of the time of calls of
+    256 tokens, as `docs/performance.md` has them.
     Blocks of over 1 GiB are still given back. Elsewhere, and where the environment has settings of
     malloc, nothing changes.
     """

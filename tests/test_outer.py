@@ -8,6 +8,7 @@ import pytest
 
 import seal_jax as seal
 from seal_jax import config, experiment, outer, runs, stats
+from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError
 from seal_jax.outer import Scored
 
@@ -155,12 +156,8 @@ def test_a_round_s_figures_are_of_self_edits_and_errors_over_contexts():
     assert found["reward_kept"] == stats.mean_se([0.75, 0.5]).record()
 
 
-def test_self_edits_are_finetuned_on_without_the_blanks_around_them(tiny, tmp_path, monkeypatch):
-    """As the reference's completions are."""
-    lm, _ = tiny
-    seen = []
-    tuned = lambda lm, rows, *_: seen.extend(rows) or (lm.params, np.ones(1))
-    monkeypatch.setattr(outer, "finetune", tuned)
-    kept = [scored("a", 0, 1.0, text="\n One.\nTwo.\n\n")]
-    assert outer.train_policy(lm, kept, tmp_path / "policy", jax.random.key(0), config.Config())
-    assert seen == [("prompt", "One.\nTwo.")]
+def test_self_edits_are_gathered_without_the_blanks_around_them(tiny):
+    """As the reference's completions are, which it finetunes on."""
+    _, task = tiny
+    edits = [SelfEdit(task.contexts[0], 0, "\n One.\nTwo.\n\n")]
+    assert [x.text for x in outer.gather(task, edits, [])] == ["One.\nTwo."]

@@ -101,14 +101,8 @@ def _run(cfg: Config, setting: str, folder: str | Path) -> Study:
 
 
 def _contexts(task: Task, cfg: Config) -> list[Context]:
-    """Returns the held-out contexts (all, where none are held out), of passages those with
-    questions.
-    """
+    """Returns the held-out contexts; all, where none are held out."""
     found = list(task.held_out or task.contexts)
-    asked = [context for context in found if context.questions]
-    if asked and len(asked) < len(found):
-        progress.say(f"{len(found) - len(asked)} passages without a question are left out")
-        found = asked
     wanted = cfg.evaluation.contexts
     if wanted > len(found) or not found:
         raise SealError(

@@ -21,9 +21,8 @@ def read_json(path: str | Path) -> Any:
     if not path.is_file():
         raise SealError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(
-            path, "rt", encoding="utf-8-sig"
-        ) as file:
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             return json.load(file)
     except json.JSONDecodeError as error:
         raise SealError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
