@@ -84,7 +84,8 @@ def adapt(
     """Returns one candidate's adapter after its inner loop, and measures [i]: see `fit`."""
 
     def loss_of(adapter, tokens_bt, weights_bt, segments_bt):
-        return optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
+        value = optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
+        return jnp.where(optim.sound((adapter.a, adapter.b)), value, jnp.nan)
 
     return fit(loss_of, adapter, slots, settings, lambda tree: sharding.pin(tree, params.config))
 

@@ -121,6 +121,7 @@ def losses(
     weights_bt: jax.Array,
     segments_bt: jax.Array,
     place_bt: jax.Array,
+    sound_p: jax.Array,
     *,
     remat: bool = False,
     predicted: int = 0,
@@ -132,13 +133,14 @@ def losses(
     Args:
       adapters: Stacked [p, ...].
       place_bt: Which of them a token belongs to; a text's tokens belong to one.
+      sound_p: Which of them have not diverged: see `sound`.
     """
     adapter, ranks_btr = lora.side_by_side(adapters, place_bt)
     if ranks_btr is None:
         texts = (tokens_bt, weights_bt, segments_bt)
-        return loss(params, adapter, *texts, remat=remat, predicted=predicted)[None]
+        value = loss(params, adapter, *texts, remat=remat, predicted=predicted)
+        return jnp.where(sound_p, value, jnp.nan)
     # In a shared row 0 x NaN is NaN: who diverged takes no part, whoever else is there.
-    sound_p = _sound(adapters)
     keep = lambda x: jnp.where(sound_p.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
     adapter, ranks_btr = lora.side_by_side(jax.tree.map(keep, adapters), place_bt)
     x_btd = model.hidden(
@@ -158,13 +160,13 @@ def losses(
     return jnp.where(sound_p, share(own_bt, weighted_bt) / jnp.maximum(divisor_p, 1e-9), jnp.nan)
 
 
-def _sound(adapters: Adapter) -> jax.Array:
-    """Returns which of several adapters [p, ...] have only numbers that no layer makes infinite."""
-    largest = [
-        jnp.max(jnp.abs(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim)))
-        for x in jax.tree.leaves((adapters.a, adapters.b))
-    ]
-    return jnp.stack(largest).max(0) < _SOUND  # False for NaN
+def sound(numbers: Any) -> jax.Array:
+    """Returns whether an adapter's numbers are such as no layer makes infinite; else it diverged.
+
+    A limit of our own: where a model overflows depends on the machine and on the rows' layout.
+    """
+    largest = [jnp.max(jnp.abs(x)) for x in jax.tree.leaves(numbers)]
+    return jnp.stack(largest).max() < _SOUND  # False for NaN
 
 
 def _weighted(params, x_btd, tokens_bt, weights_bt, segments_bt, predicted: int, frozen: bool):

@@ -134,7 +134,8 @@ def advance(
 
     own_wpex = state_c3ex.at[work.resident_wp, 0].get(mode="clip")
     adapters = jax.vmap(jax.vmap(lambda numbers_ex: lora.unflat(numbers_ex, form)))(own_wpex)
-    texts = (work.tokens, work.weights, work.segments, work.place)
+    sound_wp = jax.vmap(jax.vmap(optim.sound))(own_wpex)
+    texts = (work.tokens, work.weights, work.segments, work.place, sound_wp)
     loss_wp, grads_wpex = jax.vmap(one)(adapters, *texts)
     # Joined once: fused with the three changes above, each number would be looked for in all.
     grads_kex = jax.lax.optimization_barrier(grads_wpex).reshape(-1, *form.shape)

@@ -138,22 +138,45 @@ def test_a_neighbour_is_untouched_to_the_last_bit(params, together, change, fini
     np.testing.assert_array_equal(diverged, [not finite, False, False, False, False])
 
 
+def run_lanes(params, written, packed):
+    batch = toys.batch(written, SETTINGS)
+    (chunk,) = lanes.arrange(batch, 0, KEY, packed=packed)
+    ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
+    static = {"settings": inner.loop_settings(SETTINGS), "remat": False}
+    adapters, losses = residents.run(params, chunk.slots, ids, KEY, CFG.lora, **static)
+    back = np.argsort(chunk.index)[-len(written) :]
+    return lora.take(adapters, back), np.asarray(losses)[back]
+
+
+def run_lockstep(params, fresh, written):
+    chunk = next(slots_lib.arrange(toys.batch(written, SETTINGS), len(written), KEY))
+    static = {"settings": inner.loop_settings(SETTINGS), "remat": False}
+    start = lora.take(fresh, list(chunk.index))
+    _, measures = inner.adapt_slots(params, start, chunk.slots, **static)
+    return np.asarray(measures.loss)[np.argsort(chunk.index)]
+
+
+def test_who_has_diverged_does_not_depend_on_the_layout(params, fresh):
+    """A rate of 1e4: a model as small as this one still makes numbers of such adapters."""
+    text = ";".join(toys.text(7, (0, j)) for j in range(4))
+    written = [f"lr={rate};{text}" for rate in (1e4, 1, RATE, RATE, RATE)]
+    steps = np.array([2, 4, 4, 4, 4])  # the first is taken at a rate of 0
+    expected = np.arange(4) < steps[:, None]
+    for losses in (
+        run_lanes(params, written, packed=True)[1],
+        run_lanes(params, written, packed=False)[1],
+        run_lockstep(params, fresh, written),
+    ):
+        np.testing.assert_array_equal(np.isfinite(losses[:, :4]), expected)
+
+
 def test_who_diverges_in_a_shared_row_leaves_its_neighbours_alone(params):
     """As on accelerators, where rows hold steps of several candidates."""
     texts = [";".join(toys.text(7, (i, j)) for j in range(3)) for i in range(6)]
     bad = [f"lr=1e38;{texts[0]}", *texts[1:]]
 
-    def run_packed(written):
-        batch = toys.batch(written, SETTINGS)
-        (chunk,) = lanes.arrange(batch, 0, KEY, packed=True)
-        ids = np.array([batch.candidates[i].id if i >= 0 else 0 for i in chunk.index], np.uint32)
-        static = {"settings": inner.loop_settings(SETTINGS), "remat": False}
-        adapters, losses = residents.run(params, chunk.slots, ids, KEY, CFG.lora, **static)
-        back = np.argsort(chunk.index)[-len(written) :]
-        return lora.take(adapters, back), np.asarray(losses)[back]
-
-    adapters, losses = run_packed(texts)
-    found, seen = run_packed(bad)
+    adapters, losses = run_lanes(params, texts, packed=True)
+    found, seen = run_lanes(params, bad, packed=True)
     n = len(texts)
     assert np.isfinite(losses[:, :3]).all() and not np.isfinite(seen[0][:3]).all()
     chex.assert_trees_all_equal(lora.take(found, range(1, n)), lora.take(adapters, range(1, n)))
