@@ -183,7 +183,9 @@ def _places(chunk: slots_lib.Chunk) -> list[int]:
 def _outcome(place, graded, answers, losses, candidate, cfg) -> Outcome:
     error = candidate.error
     if not np.isfinite(losses).all():
-        error = f"diverged at step {int(np.argmin(np.isfinite(losses)))}"
+        step = int(np.argmin(np.isfinite(losses)))
+        # A fresh adapter changes nothing.
+        error = f"diverged at step {step}" if step else "the bare model's loss is not finite"
     first, last = (_number(losses[i]) for i in (0, -1)) if len(losses) else (None, None)
     steps = len(losses)
     if not candidate.learning_rate or (steps == 1 and cfg.inner.warmup_steps):

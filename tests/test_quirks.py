@@ -152,6 +152,17 @@ def test_a_self_edit_that_cannot_be_applied_scores_as_none_and_is_counted(tiny):
     assert summary["not_applied"] == {"is broken": 1}
 
 
+def test_a_model_without_finite_losses_is_told_from_a_self_edit_that_diverges(tiny):
+    lm, task, cfg = tiny
+    broken = lm.params.replace(norm=lm.params.norm * float("nan"))
+    fast = dataclasses.replace(cfg, inner=dataclasses.replace(cfg.inner, learning_rate=1e38))
+    for own, params, error in ((cfg, broken, "bare model"), (fast, lm.params, "diverged at")):
+        edits = [batching.SelfEdit(task.contexts[0], 0, "It is good.")]
+        model = lm._replace(params=params)
+        ((outcomes, _),) = rewards.evaluate(model, task, edits, jax.random.key(0), own)
+        assert error in outcomes[0].error
+
+
 def test_nothing_in_the_package_evaluates_text_or_unpickles():
     """The reference passes model outputs to eval()."""
     files = sorted((ROOT / "seal_jax").rglob("*.py"))
