@@ -97,6 +97,7 @@ def read_config(folder: Path) -> ModelConfig:
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             family=family,
+            max_positions=_size(raw, "max_position_embeddings", ModelConfig.max_positions),
             **_rope(raw, file),
             **_ends(raw, folder),
         )
@@ -200,7 +201,7 @@ def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.d_head,
         "hidden_act": "silu",
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": config.max_positions,
         "rms_norm_eps": config.rms_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling is None else {"rope_type": "llama3", **scaling._asdict()},

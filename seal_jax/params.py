@@ -24,7 +24,12 @@ class RopeScaling(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture; static under jit. `eos_ids` end a generation."""
+    """The architecture; static under jit.
+
+    Attributes:
+      eos_ids: Tokens that end a generation.
+      max_positions: Tokens in a row that the model was made for; nothing breaks beyond.
+    """
 
     vocab_size: int
     d_model: int
@@ -41,6 +46,7 @@ class ModelConfig:
     qk_norm: bool = False
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    max_positions: int = 32768
     family: str = "qwen2"
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seal_jax import decoding, lora, sharding, streams, tiles
+from seal_jax import decoding, lora, progress, sharding, streams, tiles
 from seal_jax import grammar as grammar_lib
 from seal_jax import rows as rows_lib
 from seal_jax import slots as slots_lib
@@ -279,7 +279,14 @@ def encode(lm: LM, prompt: str) -> list[int]:
         raise SealError(
             f"the tokenizer makes token {max(ids)}, the model knows {config.vocab_size}"
         )
+    if len(ids) > config.max_positions:
+        _tell_of_long_prompts(config.max_positions)
     return ids
+
+
+@functools.cache  # once
+def _tell_of_long_prompts(limit: int) -> None:
+    progress.say(f"some prompts have over {limit:,} tokens, more than this model was made for")
 
 
 def text(lm: LM, sequence: Output) -> str:

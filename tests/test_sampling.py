@@ -1,11 +1,14 @@
 """Long sequences in several programs: the tokens of one program, whoever has ended on the way."""
 
+import dataclasses
+
 import chex
 import jax
 import numpy as np
 import pytest
 import toys
 
+import seal_jax as seal
 from seal_jax import sampling
 from seal_jax.checkpoint import LM
 
@@ -84,3 +87,12 @@ def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
     greedy, _ = written(lm, samples=1, max_tokens=6, temperature=0.0)
     for cold in (1e-7, 1e-38, 1e-46):
         assert written(lm, samples=1, max_tokens=6, temperature=cold)[0] == greedy
+
+
+def test_prompts_longer_than_the_model_was_made_for_are_told_of_once(capsys):
+    lm = seal.load_model("tiny-world")
+    assert lm.config.max_positions == 1024
+    short = lm._replace(config=dataclasses.replace(lm.config, max_positions=9))
+    for text in ("the " * 9, "the " * 10, "the " * 11):
+        assert len(sampling.encode(short, text.strip())) == len(text.split())
+    assert capsys.readouterr().err.count("over 9 tokens") == 1

@@ -30,6 +30,7 @@ TINY_GRIDS_TOKENS = 20_000_000
 _SELF_EDITS = 0.27  # of the texts; their tokens are 60% of all
 _PROMPT_WEIGHT = 0.3
 _LOOKAHEAD = 64
+_POSITIONS = 1024  # as the models say of themselves
 _LEARNING_RATE, _WARMUP, _WEIGHT_DECAY, _B2 = 3e-3, 100, 0.02, 0.95
 _MUON_RATE = 2e-2
 
@@ -67,6 +68,7 @@ def tiny_world_config(vocab_size: int, eos_id: int) -> ModelConfig:
         tied=True,
         qkv_bias=True,
         eos_ids=(eos_id,),
+        max_positions=_POSITIONS,
     )
 
 
@@ -268,6 +270,7 @@ def tiny_grids_config() -> ModelConfig:
         tied=True,
         qkv_bias=True,
         eos_ids=(grid_tokens.IDS[grid_tokens.EOS],),
+        max_positions=_POSITIONS,
     )
 
 
@@ -315,7 +318,7 @@ def save(
     with tempfile.TemporaryDirectory() as staging:
         source = Path(staging)
         save_tokenizer(tokenizer, source)
-        config = checkpoint.write_config(params.config, params) | {"max_position_embeddings": 1024}
+        config = checkpoint.write_config(params.config, params)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         for name, content in {"config.json": config, "generation_config.json": ends}.items():
             (source / name).write_text(json.dumps(content, indent=2) + "\n")
