@@ -131,7 +131,9 @@ def candidate(
         reason = f"asks for {epochs} epochs at a learning rate of {rate}"
         return Candidate((), settings.learning_rate, 0, name, reason)
     texts, epochs = tuple(tokenize(edit, tokenizer, eos_id, settings)), int(epochs)
-    steps = epochs * len(steps_of(texts, settings.batch_size))
+    # A last batch counts as much as it is full, as in the reference.
+    size = settings.batch_size
+    steps = epochs * len(texts) // size if size else epochs * len(steps_of(texts, size))
     if settings.max_steps and steps > settings.max_steps:
         reason = f"asks for {steps} steps, more than {settings.max_steps}"
         return Candidate((), rate, 0, name, reason)

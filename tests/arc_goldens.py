@@ -10,6 +10,7 @@ SETS = {
     "training_1B": ("training", "_filtered_1B_training_set"),
     "evaluation_1B": ("evaluation", "_filtered_1B_eval_set"),
     "training": ("training", ""),
+    "evaluation": ("evaluation", ""),
 }
 
 

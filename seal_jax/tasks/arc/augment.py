@@ -135,7 +135,7 @@ def families(
     concat: bool = False,
 ) -> list[Augmenter | Translation]:
     """Returns the augmenters of the chosen families, in the order in which they are applied."""
-    chosen = ((basic, BASIC), (size, SIZE), (chain, CHAIN), (repeat, REPEAT), (concat, CONCAT))
+    chosen = ((basic, BASIC), (size, SIZE), (concat, CONCAT), (chain, CHAIN), (repeat, REPEAT))
     return [part for wanted, family in chosen if wanted for part in family]
 
 
@@ -180,10 +180,14 @@ def colour_map(colours: set[int], rng: np.random.RandomState) -> dict[int, int]:
 
     Colours go to colours the task does not have, as long as there are any; the rest are paired
     with each other, and some may stay as they are.
+
+    Args:
+      colours: Filled in the order in which the task has them.
     """
-    # Up to four numbers leave a set of CPython not in order but by their slots in its table; the
-    # reference iterates over such sets. Hashes of integers do not depend on PYTHONHASHSEED.
-    own = list(set(sorted(colours - {0})))
+    # Up to four numbers leave a set of CPython not in order but by their slots in its table, and 1
+    # and 9, who share one, as they came in; the reference iterates over such sets. Hashes of
+    # integers do not depend on PYTHONHASHSEED.
+    own = list(colours - {0})
     free = list(set(range(1, COLOURS)) - set(own))
     others = list(own)
     rng.shuffle(free)
@@ -205,7 +209,7 @@ def colour_map(colours: set[int], rng: np.random.RandomState) -> dict[int, int]:
 
 def recoloured(task: ArcTask, rng: np.random.RandomState) -> ArcTask:
     """Returns the task in other colours."""
-    colours = {int(cell) for grid in tasks.grids_of(task) for cell in np.unique(grid)}
+    colours = {cell for grid in tasks.grids_of(task) for cell in grid.ravel().tolist()}
     new = colour_map(colours, rng)
     table = np.array([new.get(colour, colour) for colour in range(COLOURS)], np.int8)
     return tasks.on_grids(task, lambda grid: table[grid])

@@ -84,8 +84,8 @@ TEXTS: dict[str, Callable[[Grid], str]] = {
 def parse_grid(text: Any) -> Grid | None:
     """Returns the grid in a model's reply, or None where there is none.
 
-    Read are `[[0 1]\\n [2 3]]` and `0 1\\n2 3`, with or without a final `#` and what follows it,
-    and inside a plain ``` fence. Refused is whatever is not a rectangle of single digits.
+    Read are `[[0 1]\\n [2 3]]` and `0 1\\n2 3`, with or without a `#`, and what is inside a plain
+    ``` fence. Refused is whatever is not a rectangle of single digits.
     """
     if not isinstance(text, str) or len(text) > _MAX_TEXT:
         return None
@@ -109,8 +109,6 @@ def parse_as_reference(text: str) -> Grid | None:
     poured into as many rows as the text has lines, ragged or not, and wrap to int8; no numbers at
     all are a grid without columns.
     """
-    if len(text) > _MAX_TEXT:
-        return None
     rows = text.count("\n") + 1
     try:
         numbers = [int(word) for word in text.replace("[", "").replace("]", "").split()]
@@ -121,9 +119,10 @@ def parse_as_reference(text: str) -> Grid | None:
 
 def decode_as_reference(text: str) -> Grid | None:
     """Returns the grid that the reference reads in a model's reply, with its quirks."""
-    return parse_as_reference(_bare(text)) if len(text) <= _MAX_TEXT else None
+    return parse_as_reference(_bare(text))
 
 
 def _bare(text: str) -> str:
-    """Returns a reply without what surrounds the grid: fence, `#` and white space."""
-    return text.partition("#")[0].replace("```", "").strip()
+    """Returns what follows the first fence of a reply, up to the next, or all; without any `#`."""
+    plain = text.replace("#", "")
+    return (plain.split("```")[1] if "```" in plain else plain).strip()

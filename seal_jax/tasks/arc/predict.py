@@ -46,22 +46,24 @@ def queries(
     """Returns the queries for a task's test input; none if every prompt is too long.
 
     Args:
-      leave: How many demonstrations are left out, one choice after the other.
+      leave: How many demonstrations are left out, one choice after the other; one more than the
+        last of them where every prompt is too long.
       permute: Random orders of each subset, besides its own.
-      max_tokens: Longer prompts (with the answer, if known) are dropped.
+      max_tokens: Prompts (with the answer, if known) that are not shorter are dropped.
       reference_quirks: Begin each `leave` with the same draws; ask without any demonstration
         rather than with all of them where a task has just one.
     """
     start = copy.deepcopy(rng)
-    made = []
-    for n in leave:
-        own = copy.deepcopy(start) if reference_quirks else rng
-        kept = [
-            one for one in subsets(task, n, reference_quirks) if count_tokens(one) <= max_tokens
-        ]
-        shown = tasks.unique(kept + permuted(kept, own, permute))
-        made += transformed(shown, own)
-    return [query for query in made if count_tokens(query.task) <= max_tokens]
+
+    def short(leave: Sequence[int]) -> list[Query]:
+        made = []
+        for n in leave:
+            own = copy.deepcopy(start) if reference_quirks else rng
+            kept = subsets(task, n, reference_quirks)
+            made += transformed(tasks.unique(kept + permuted(kept, own, permute)), own)
+        return [query for query in made if count_tokens(query.task) < max_tokens]
+
+    return short(leave) or short((*leave, leave[-1] + 1))
 
 
 def subsets(task: ArcTask, leave: int, reference_quirks: bool = False) -> list[ArcTask]:
@@ -81,14 +83,17 @@ def permuted(kept: Sequence[ArcTask], rng: np.random.RandomState, permute: int) 
 
 
 def transformed(shown: Sequence[ArcTask], rng: np.random.RandomState) -> list[Query]:
-    """Returns all tasks as they are, and one of them drawn for each invertible augmenter."""
-    made = [Query(one) for one in shown]
+    """Returns all tasks as they are, and one of them drawn for each invertible augmenter.
+
+    What a symmetric task is turned into may be there already, and is not asked twice.
+    """
+    made = {tasks.code(one): Query(one) for one in shown}
     for part in augment.INVERTIBLE if shown else ():
-        one = shown[rng.choice(len(shown))]
+        one = tasks.on_grids(shown[rng.choice(len(shown))], part.grid)
         undo = augment.inverse(part.name)
         assert undo is not None
-        made.append(Query(tasks.on_grids(one, part.grid), undo.name))
-    return made
+        made.setdefault(tasks.code(one), Query(one, undo.name))
+    return list(made.values())
 
 
 def undone(grid: Grid, inverter: str | None) -> Grid:

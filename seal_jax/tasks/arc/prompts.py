@@ -3,8 +3,11 @@
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from seal_jax.errors import SealError
 from seal_jax.tasks.arc import grids
+from seal_jax.tasks.arc.grids import Grid
 from seal_jax.tasks.arc.tasks import ArcTask, Pair
 
 BOS, EOT = "<|begin_of_text|>", "<|eot_id|>"
@@ -12,10 +15,10 @@ ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 DATE = "26 Jul 2024"
 """Llama's template writes today's date; a fixed one gives the same prompts on every day."""
 
-_PYTHON = (
+_HEAD = (
     "Figure out the underlying transformation in the following examples and apply it to the test "
     "case. Here are some examples from this transformation, your answer must follow the format.\n"
-    "The input-output grids are provided as python arrays:\n"
+    "The input-{} grids are provided as python arrays:\n"
 )
 _BARC_SYSTEM = (
     "You are a world-class puzzle solver with exceptional pattern recognition skills. Your task is "
@@ -100,23 +103,22 @@ def chat(task: ArcTask, formatter: str = "new_format") -> Chat | None:
     """Returns a task as a chat; None where the formatter cannot write it.
 
     `diff_format` writes an output as its difference from the input, which exists only where their
-    shapes are equal; for those the reference's text is not known to us.
+    shapes are equal.
     """
-    if formatter == "diff_format":
-        if any(pair.output is None or pair.input.shape != pair.output.shape for pair in task.train):
-            return None
-        if task.test.output is None or task.test.input.shape != task.test.output.shape:
-            return None
-        raise SealError("formatter diff_format: grids of equal shape are not supported")
     if formatter == "barc_format":
         return _barc(task)
     if formatter not in FORMATTERS:
         raise SealError(f"formatter {formatter!r}: expected one of {', '.join(FORMATTERS)}")
-    end = "#" if formatter == "new_format" else ""
-    lines = (f"{grids.list_text(a)} -> {grids.list_text(b)}{end}\n" for a, b in task.train)
-    system = Message("system", _PYTHON + "".join(lines))
+    end = "" if formatter == "default" else "#"
+    write, what = _output, "output"
+    if formatter == "diff_format":
+        write, what = _difference, "diff"
+        if any(one.shape != _known(one, other).shape for one, other in (*task.train, task.test)):
+            return None
+    lines = (f"{grids.list_text(pair.input)} -> {write(pair)}{end}\n" for pair in task.train)
+    system = Message("system", _HEAD.format(what) + "".join(lines))
     user = Message("user", f"{grids.list_text(task.test.input)} -> ")
-    return Chat((system, user), Message("assistant", _known(task.test, grids.list_text) + end))
+    return Chat((system, user), Message("assistant", write(task.test) + end))
 
 
 def _barc(task: ArcTask) -> Chat:
@@ -129,15 +131,26 @@ def _barc(task: ArcTask) -> Chat:
         f"{_BARC_HEAD}{''.join(examples)}\n\nHere is the input grid for the test example:\n"
         f"Input:\n{word(task.test.input)}\n\n\n{_BARC_TAIL}"
     )
-    answer = f"The output grid for the test input grid is:\n\n```\n{_known(task.test, word)}\n```"
+    known = word(_known(*task.test))
+    answer = f"The output grid for the test input grid is:\n\n```\n{known}\n```"
     return Chat(
         (Message("system", _BARC_SYSTEM), Message("user", user)), Message("assistant", answer)
     )
 
 
-def _known(pair: Pair, write) -> str:
-    """Returns the text of the output, or of the input where it is not known, as the reference."""
-    return write(pair.input if pair.output is None else pair.output)
+def _known(one: Grid, other: Grid | None) -> Grid:
+    """Returns the output, or the input where it is not known, as the reference."""
+    return one if other is None else other
+
+
+def _output(pair: Pair) -> str:
+    return grids.list_text(_known(*pair))
+
+
+def _difference(pair: Pair) -> str:
+    """Returns output minus input as numpy prints it, which aligns numbers and breaks long rows."""
+    text = np.array2string(_known(*pair) - pair.input, max_line_width=75, threshold=1000)
+    return " + " + text.replace("  ", " ").replace("[[ ", "[[").replace("[ ", "[")
 
 
 def llama(messages: tuple[Message, ...]) -> str:

@@ -14,6 +14,8 @@ from seal_jax.tasks.arc.edits import ArcEdit
 
 _FLAGS = tuple(f"use_{name}_augmentations" for name in ("basic", "size", "chain", "repeat"))
 _STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
+_TRAINING = {"strategy": _STRATEGIES[0], "learning_rate": 0, "num_train_epochs": 0}
+"""Stands for all of them where one is missing."""
 MAX_STEPS = 375
 
 
@@ -24,6 +26,7 @@ class Reading(NamedTuple):
       config: The object as it is saved, with what was missing filled in.
       families: The chosen families, for `augment.families`.
       epochs: May be a fraction; 0 trains nothing.
+      mark: Equal for replies that ask for the same.
     """
 
     config: dict[str, Any]
@@ -31,37 +34,48 @@ class Reading(NamedTuple):
     learning_rate: float
     epochs: float
     loss_on_all: bool
+    mark: tuple[Any, ...]
 
     @property
     def edit(self) -> ArcEdit:
         """The families as a self-edit, to generate the training data with."""
         return edits.make(**self.families)
 
+    def limited(self, texts: int) -> "Reading":
+        """Returns what is trained on so many texts: nothing where that is too many steps."""
+        if not steps(texts, self.epochs) > MAX_STEPS:
+            return self
+        training = self.config["training"] | {"num_train_epochs": 0}
+        return self._replace(config=self.config | {"training": training}, epochs=0)
+
 
 def read(reply: str) -> Reading | None:
     """Returns the reference's reading of a reply; None where it would ask again (no JSON).
 
     Any value but a false one switches a family on; a missing one switches all off. A missing or
-    unknown value trains nothing.
+    unknown value trains nothing; see `Reading.limited` for the limit of steps.
 
     Raises:
       SelfEditError: where the reference crashes.
     """
     try:
         tree = json.loads(reply)
-    except (ValueError, RecursionError):
-        return None
-    try:
-        data, training = tree["data_generation"], tree["training"]
-        missing = [key for key in _FLAGS if key not in data]
-        known = training.get("strategy") in _STRATEGIES
-        if missing or not known or not {"learning_rate", "num_train_epochs"} <= training.keys():
+        data = tree["data_generation"]
+        flags = tuple(sorted(data.items()))
+        training = tree["training"]
+        mark = (flags, tuple(sorted(training.items())))
+        hash(mark)
+        missing = not set(_FLAGS) <= data.keys()
+        if missing:
             training["num_train_epochs"] = 0
-        training.setdefault("learning_rate", 0)
-        training.setdefault("strategy", _STRATEGIES[0])
-        hash((*data.values(), *training.values()))
+        if not _TRAINING.keys() <= training.keys():
+            training |= _TRAINING
+        if training["strategy"] not in _STRATEGIES:
+            training["num_train_epochs"] = 0
         steps(1, training["num_train_epochs"])
-    except (TypeError, KeyError, AttributeError) as error:
+    except json.JSONDecodeError:
+        return None
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise SelfEditError(f"self-edit: the reference crashes: {type(error).__name__}") from error
     return Reading(
         config=tree,
@@ -69,6 +83,7 @@ def read(reply: str) -> Reading | None:
         learning_rate=training["learning_rate"],
         epochs=training["num_train_epochs"],
         loss_on_all=training["strategy"] == _STRATEGIES[0],
+        mark=mark,
     )
 
 
@@ -90,17 +105,19 @@ def chosen(
         reading = read(reply)
         if reading is None:
             continue
-        mark = json.dumps(reading.config, sort_keys=True)
-        if skip_repeated and mark in seen:
+        if skip_repeated and reading.mark in seen:
             continue
-        seen.add(mark)
+        seen.add(reading.mark)
         kept.append((reply, reading))
     return kept
 
 
 def steps(texts: int, epochs: float, batch_size: int = 2) -> float:
-    """Returns the optimizer steps of a self-edit; more than `MAX_STEPS` train nothing."""
-    return 0 + epochs * -(-texts // batch_size)
+    """Returns how many steps a self-edit asks for; more than `MAX_STEPS` train nothing.
+
+    The last batch of an epoch counts as much as it is full.
+    """
+    return epochs * texts // batch_size
 
 
 def rewarded(

@@ -24,14 +24,17 @@ def build(
 ) -> Submission:
     """Returns a submission for every puzzle of which some test input was attempted.
 
+    It goes up to the last of them, as the reference's does.
+
     Args:
-      asked: The tasks; they say how many test inputs a puzzle has.
       attempts: Up to two grids by task name (`id-index`).
     """
     made: Submission = {}
     for key, group in sorted(tasks.puzzles(asked).items()):
-        if any(task.name in attempts for task in group):
-            made[key] = [_entry(attempts.get(task.name, ())) for task in group]
+        attempted = [task.index for task in group if task.name in attempts]
+        if attempted:
+            names = (f"{key}-{i}" for i in range(attempted[-1] + 1))
+            made[key] = [_entry(attempts.get(name, ())) for name in names]
     return made
 
 
@@ -45,8 +48,8 @@ def score(
 ) -> dict[str, Any]:
     """Returns the scores of a submission, each as [correct, total, ratio].
 
-    `per_prediction` counts the test inputs of the puzzles that were submitted; `competition` all
-    puzzles, right only if every test input is. `correct` says it of each puzzle submitted.
+    `per_prediction` counts the test inputs that were submitted; `competition` all puzzles, right
+    only if every test input is. `correct` says it of each puzzle submitted.
 
     Args:
       asked: All tasks, with their solutions.
@@ -61,20 +64,21 @@ def score(
     right: dict[str, list[bool]] = {}
     for key in sorted(submission):
         entries, group = submission[key], groups[key]
-        if len(entries) != len(group):
+        if len(entries) > len(group):
             raise SealError(f"submission: task {key!r} has {len(group)} test inputs")
-        for i, task in enumerate(group):
+        for i, task in enumerate(group[: len(entries)]):
             _check_entry(entries[i], f"submission: task {key!r}[{i}]")
             if task.test.output is None:
                 raise SealError(f"task {task.name}: has no solution to score with")
         right[key] = [
             any(np.array_equal(entry[name], task.test.output) for name in ATTEMPTS)
-            for entry, task in zip(entries, group, strict=True)
+            for entry, task in zip(entries, group, strict=False)
         ]
     verdicts = [verdict for each in right.values() for verdict in each]
-    points = [float(np.mean(each)) if subpoints else float(all(each)) for each in right.values()]
+    shares = {key: sum(each) / len(groups[key]) for key, each in right.items()}
+    points = [share if subpoints else float(share == 1) for share in shares.values()]
     return {
-        "correct": {key: all(each) for key, each in right.items()},
+        "correct": {key: share == 1 for key, share in shares.items()},
         "per_prediction": _ratio(float(sum(verdicts)), len(verdicts)),
         "competition": _ratio(sum(points), len(groups)),
     }

@@ -4,7 +4,6 @@ A task's code is its demonstrations' `input>output` joined by `|`, then `||` and
 a test output that is not known is written as the input, as the reference does.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seal_jax.errors import SealError
+from seal_jax.formats import files
 from seal_jax.tasks.arc import grids
 from seal_jax.tasks.arc.grids import Grid
 
@@ -68,13 +68,8 @@ def load(challenges: str | Path, solutions: str | Path | None = None) -> list[Ar
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; a SealError names the file."""
-    try:
-        tree = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SealError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SealError(f"{path}: not valid JSON: {error}") from error
+    """Returns the object in a JSON file, gzipped or plain; a SealError names the file."""
+    tree = files.read_json(path)
     if not isinstance(tree, dict):
         raise SealError(f"{path}: expected an object with a key for each task")
     return tree

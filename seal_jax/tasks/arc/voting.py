@@ -53,8 +53,9 @@ def majority(predictions: Sequence[Grid], columns: bool = False) -> Grid:
     if these are as wide.
     """
     turned = [_rows(np.asarray(grid).T if columns else grid) for grid in predictions]
-    shapes = [_grid(rows).shape for rows in turned]
-    height, width = _most_frequent(shapes)
+    # To numpy a grid without rows has one side; of shapes as frequent a set's first wins.
+    height, *rest = _most_frequent([np.array(rows).shape for rows in turned])
+    width = rest[0] if rest else 0
     rows = [
         _most_frequent([x[i] for x in turned if len(x) > i and len(x[i]) == width])
         for i in range(height)
