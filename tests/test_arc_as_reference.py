@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax.config import Inner
+from seal_jax import config
 from seal_jax.errors import SelfEditError
 from seal_jax.tasks import arc
 from seal_jax.tasks.arc import augment, grids, predict, prompts, replies, tasks, voting
 from seal_jax.tasks.arc import submission as submissions
+from seal_jax.tasks.arc import task as arc_task
 
 FLAGS = {f"use_{name}_augmentations": False for name in ("basic", "size", "chain", "repeat")}
 
@@ -63,6 +64,15 @@ def test_what_a_fence_closes_alone_is_a_grid_without_columns():
     assert grids.decode_as_reference("[[1]]```").shape == (1, 0)
     assert grids.parse_grid("[[1]]```") is None
     assert grids.decode_as_reference("[[" + "1 " * 5000 + "]]").shape == (1, 5000)
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_the_right_answers_as_they_are_trained_on_solve_a_puzzle(quirks):
+    one = dataclasses.replace(tasks.decode("12>3|45>6||78>9"), id="p")
+    settings = config.Task(arc=config.Arc(reference_quirks=quirks))
+    task = arc_task.make({"p": (one,)}, settings)
+    golds = [question.gold for question in task.questions(task.contexts[0])]
+    assert task.grade(task.contexts[0], golds).reward == 1.0
 
 
 def test_a_symmetric_task_is_not_asked_twice():
@@ -160,7 +170,7 @@ def test_the_limit_of_steps_counts_a_last_batch_as_it_is_filled(texts, most):
     for epochs, kept in ((most, most), (most + 1, 0)):
         made = replies.read(reply(**full(num_train_epochs=epochs))).limited(texts)
         assert made.epochs == made.config["training"]["num_train_epochs"] == kept
-    settings = Inner(max_steps=replies.MAX_STEPS, batch_size=2)
+    settings = config.Inner(max_steps=replies.MAX_STEPS, batch_size=2)
     written = [";".join(["1 2"] * texts) + f";epochs={n}" for n in (most, most + 1)]
     errors = [made.error for made in toys.batch(written, settings).candidates]
     assert errors[0] is None and "more than 375" in errors[1]

@@ -195,7 +195,7 @@ def _form(arc: config_lib.Arc) -> Format:
         )
     if arc.reference_quirks:
         return Format(
-            _as_reference, prompts.self_edit_prompt, grids.decode_as_reference, prompts.count_tokens
+            _as_reference, prompts.self_edit_prompt, _read_as_reference, prompts.count_tokens
         )
     return Format(_one_bos, _one_bos_edit, grids.parse_grid, prompts.count_tokens)
 
@@ -214,6 +214,11 @@ def _as_reference(task: ArcTask) -> tuple[str, str]:
     """Returns prompt and answer as the reference trains on them: ready for yet another answer."""
     prompt, answer = prompts.render(task)
     return prompt, answer + prompts.EOT + prompts.ASSISTANT if answer else ""
+
+
+def _read_as_reference(reply: str) -> Grid | None:
+    """Returns the grid in a reply up to the end of the turn, where the reference's engine stops."""
+    return grids.decode_as_reference(reply.partition(prompts.EOT)[0])
 
 
 def _hash(*parts: object) -> int:
