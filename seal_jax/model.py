@@ -162,6 +162,8 @@ def hidden(
 
     # Of the last layer the other positions are needed as keys and values alone.
     last = None if only_b is None else functools.partial(body, last=True)
+    if not keep_keys:
+        body = jax.jit(body)  # traced once for all layers; prompts are faster without
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
     x_btd = params.embed[tokens_bt]
