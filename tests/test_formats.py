@@ -71,6 +71,18 @@ def test_statistics_round_each_run_then_the_exact_mean():
     assert block["mean_adapter_std_within_completions"] == round(0.5**0.5 / 4, 4)  # self-edits
 
 
+def test_the_gain_of_a_run_is_the_difference_of_its_means():
+    """Of a passage it is the mean of gains that were each rounded, as in the reference."""
+    thirds = results.completion_stats([[True, False, False]], [[True, True, False]])
+    assert results.article_stats([thirds])["mean_gain"] == 0.3333
+    block = results.overall([[thirds]])
+    assert block["mean_gain"] == 0.3334  # .6667 - .3333
+
+
+def test_a_run_without_passages_has_statistics_of_0():
+    assert set(results.overall([]).values()) == {0.0} and len(results.overall([])) == 7
+
+
 def test_a_passage_without_questions_has_statistics_of_0():
     assert set(results.stats_of_records([]).values()) == {0.0}
 
@@ -140,6 +152,14 @@ def test_ties_and_blank_self_edits_are_settled_as_the_reference_does():
     for case in shared_data.read("ki_goldens/sft/synthetic.json"):
         assert sft.rows(case["input"], case["k_best"]) == case["expected_rows"]
         assert sft.file_name(case["input"], case["k_best"]) == case["expected_name"]
+
+
+def test_the_name_of_rows_counts_the_first_passage_s_self_edits():
+    """By the reference's public code."""
+    one = {"text": "x", "stats": {"adapter_mean": 1.0}}
+    articles = [{"prompt": "P", "completions": [one] * n} for n in (2, 5)]
+    assert sft.file_name({"timestamp": "T", "articles": articles}) == "sft_best1of2_T.jsonl"
+    assert sft.file_name({"timestamp": "T", "articles": []}) == "sft_best1of0_T.jsonl"
 
 
 def test_rows_need_the_prompt_and_the_time_of_the_run():

@@ -26,8 +26,10 @@ def gain(baseline: Sequence[bool], adapter: Sequence[bool]) -> float:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Returns the exactly rounded mean; None if a value is missing (old files lack some)."""
-    return None if None in values else statistics.mean(values)
+    """Returns the exactly rounded mean, 0 of none; None if a value is missing in an old file."""
+    if None in values:
+        return None
+    return statistics.mean(values) if values else 0.0
 
 
 def deviation(values: Sequence[float | None]) -> float | None:
@@ -67,7 +69,8 @@ def overall(articles: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, floa
     """Returns the statistics of a run from those of its self-edits, listed for each passage.
 
     Passages weigh the same, however many self-edits they have; only the deviation within
-    self-edits is a mean over all self-edits.
+    self-edits is a mean over all self-edits. The gain is the difference of the two means: the mean
+    of gains, rounded one by one, may differ in the last digit.
     """
     each = [_article(completions) for completions in articles]
     baseline = [stats["baseline_accuracy"] for stats in each]
@@ -81,7 +84,7 @@ def overall(articles: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, floa
         "adapter_std_of_article_means": deviation(adapter),
         "mean_adapter_std_over_completions": mean(over),
         "mean_adapter_std_within_completions": mean(within),
-        "mean_gain": mean([stats["mean_gain"] for stats in each]),
+        "mean_gain": mean(adapter) - mean(baseline),
     }
     return {key: _round(value) for key, value in values.items()}
 

@@ -24,9 +24,12 @@ def rows(result: Mapping[str, Any], k: int = 1) -> list[dict[str, str]]:
 
 
 def file_name(result: Mapping[str, Any], k: int = 1) -> str:
-    """Returns what the reference calls the file: `sft_best1of5_0508_015401.jsonl`."""
-    most = max((len(article["completions"]) for article in result["articles"]), default=0)
-    return f"sft_best{k}of{most}_{files.need(result, 'timestamp', str, 'result file')}.jsonl"
+    """Returns what the reference calls the file: `sft_best1of5_0508_015401.jsonl`.
+
+    The 5 are the first passage's self-edits; others may have fewer or more.
+    """
+    count = len(result["articles"][0]["completions"]) if result["articles"] else 0
+    return f"sft_best{k}of{count}_{files.need(result, 'timestamp', str, 'result file')}.jsonl"
 
 
 def text(made: Sequence[Mapping[str, str]]) -> str:
