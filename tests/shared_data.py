@@ -31,7 +31,9 @@ def path(name: str) -> Path:
 def read(name: str) -> Any:
     """Returns a JSON file's content, or the list of a JSONL file's rows; gzip or plain."""
     file = path(name)
-    text = (gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file)).read()
+    data = file.read_bytes()
+    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
     if file.name.removesuffix(".gz").endswith(".jsonl"):
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines: a text in a row may hold U+2028 or U+0085 as it is.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     return json.loads(text)
