@@ -46,9 +46,11 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
 
 def exact(question: str, gold: str, answer: str) -> bool:
     """Returns whether the answer's first line is the gold, up to case, spaces and punctuation."""
-    lines = answer.strip().splitlines()
-    found = plain(lines[0]) if lines else ""
-    return bool(found) and found == plain(gold)
+    first = _first_line(answer)
+    found, wanted = plain(first), plain(gold)
+    if not wanted:  # a sign, such as + or ∞
+        return bool(first) and first == gold.strip()
+    return found == wanted
 
 
 def offline(question: str, gold: str, answer: str) -> bool:
@@ -63,6 +65,8 @@ def offline(question: str, gold: str, answer: str) -> bool:
     short = len(answer) < 2 * len(gold) + 8
     if not any(row) or short and exact(question, gold, answer):  # no words, or those of the gold
         return exact(question, gold, answer)
+    if short and _other_numbers(gold, answer):
+        return False
     return judge_trees.log_odds(weights().trees, np.array(row, np.float64)) > 0
 
 
@@ -102,6 +106,29 @@ def _prepared(question: str, gold: str) -> judge_features.Gold:
     return judge_features.prepare(question, gold, weights().rarity)
 
 
+def _first_line(answer: str) -> str:
+    return (answer.strip().splitlines() or [""])[0].strip()
+
+
+def _other_numbers(gold: str, answer: str) -> bool:
+    """Returns whether the answer is the gold but for a number: a wrong date, amount or share.
+
+    Words alone would carry it. Numbers in another order, or years cut to two digits, are no others.
+    """
+    one, other = plain(gold), plain(_first_line(answer))
+    if _NUMBER.sub("#", one) != _NUMBER.sub("#", other):
+        return False
+    pairs = list(zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True))
+    if sorted(float(a) for a, _ in pairs) == sorted(float(b) for _, b in pairs):
+        return False
+    return not all(float(a) == float(b) or _cut(a, b) or _cut(b, a) for a, b in pairs)
+
+
+def _cut(year: str, short: str) -> bool:
+    return len(year) == 4 and len(short) == 2 and year.endswith(short)
+
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _APOSTROPHES = re.compile(r"['’`]")
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PUNCTUATION = re.compile(r"(?:(?<!\d)\.|\.(?!\d)|(?<!\s)-|-(?!\d)|[^\w\s.-]|_)+")
