@@ -65,7 +65,7 @@ def offline(question: str, gold: str, answer: str) -> bool:
     short = len(answer) < 2 * len(gold) + 8
     if not any(row) or short and exact(question, gold, answer):  # no words, or those of the gold
         return exact(question, gold, answer)
-    if short and _other_numbers(gold, answer):
+    if short and _other_numbers(gold, answer) or _denied(question, gold, answer):
         return False
     return judge_trees.log_odds(weights().trees, np.array(row, np.float64)) > 0
 
@@ -124,10 +124,20 @@ def _other_numbers(gold: str, answer: str) -> bool:
     return not all(float(a) == float(b) or _cut(a, b) or _cut(b, a) for a, b in pairs)
 
 
+def _denied(question: str, gold: str, answer: str) -> bool:
+    """Returns whether the answer has the gold once, right behind a `not` that was not asked for."""
+    said, wanted = plain(answer), plain(gold)
+    if not wanted or said.count(wanted) != 1 or _NEGATION.search(f"{question} {gold}"):
+        return False
+    return bool(re.search(rf"{_NOT} {re.escape(wanted)}(?!\S)", said))
+
+
 def _cut(year: str, short: str) -> bool:
     return len(year) == 4 and len(short) == 2 and year.endswith(short)
 
 
+_NEGATION = re.compile(r"\b(?:no|not|never|none|nor|neither|without|except)\b|n['’]t\b", re.I)
+_NOT = r"\b(?:not|never|(?:is|was|are|were|did|does|do)nt)(?: (?:a|an|the|at|by|from|in|on|to))?"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _APOSTROPHES = re.compile(r"['’`]")
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
