@@ -211,6 +211,12 @@ def test_generating_a_data_set_is_the_reference_s_run(tmp_path):
         ]
 
 
+def test_what_else_an_entry_says_stays_in_the_data_set():
+    old = {"title": "T", "context": "C", "questions": [], "completions": ["old"], "id": 7}
+    made = synthetic.entries(squad.from_entries([old], "here"), ["P"], [" new "])
+    assert made == [old | {"completions": ["new"], "prompt": "P"}]
+
+
 def test_missing_generations_are_an_error():
     contexts = squad.from_entries([{"title": "T", "context": "C", "questions": []}] * 2, "here")
     with pytest.raises(SealError, match="3 self-edits do not divide among 2 passages"):
@@ -244,6 +250,8 @@ def test_pooled_deviation_is_that_of_all_sequences_together():
     ]
     with pytest.raises(SealError, match="cannot be pooled"):
         continual.pool([runs[0], continual.summary(one, "d", "m") | {"n_sequences": 3}])
+    with pytest.raises(SealError, match="differ in 'base_model': they cannot be pooled"):
+        continual.pool([runs[0], continual.summary(two, "d", "other")])
 
 
 def test_a_continual_summary_is_written_as_it_was_read(tmp_path):

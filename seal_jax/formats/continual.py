@@ -14,6 +14,7 @@ from seal_jax.errors import SealError
 from seal_jax.formats import files
 
 Matrix = list[list[float]]
+_ABOUT = ("n_datapoints", "dataset", "base_model")
 
 
 def summary(matrices: Sequence[Matrix], dataset: str, base_model: str) -> dict[str, Any]:
@@ -40,6 +41,9 @@ def pool(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shapes = {(len(s["mean_over_sequences"]), s["n_sequences"]) for s in summaries}
     if len(shapes) != 1:
         raise SealError("continual runs differ in sequences or passages: they cannot be pooled")
+    for key in _ABOUT:
+        if any(s.get(key) != summaries[0].get(key) for s in summaries):
+            raise SealError(f"continual runs differ in {key!r}: they cannot be pooled")
     n = summaries[0]["n_sequences"]
     total = n * len(summaries)
     means = np.asarray([s["mean_over_sequences"] for s in summaries])
@@ -52,7 +56,7 @@ def pool(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "pooled_std": np.sqrt((within + between) / max(total - 1, 1)),
     }
     rounded = {key: np.round(value, 4).tolist() for key, value in values.items()}
-    about = {key: summaries[0].get(key) for key in ("n_datapoints", "dataset", "base_model")}
+    about = {key: summaries[0].get(key) for key in _ABOUT}
     return {**rounded, "n_sequences": total, **about}
 
 

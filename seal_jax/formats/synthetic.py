@@ -20,6 +20,8 @@ def entries(
 ) -> list[dict[str, Any]]:
     """Returns the data set: contexts in SEAL's format with their stripped self-edits and prompt.
 
+    What else an entry said stays, as in the reference; self-edits it had are replaced.
+
     Args:
       asked: The prompt of each context.
       texts: What `prompts(asked, k)` gave, in its order.
@@ -35,7 +37,8 @@ def entries(
         completions = [text.strip() for text in texts[i * k : (i + 1) * k]]
         if "" in completions:
             raise SealError(f"passage {i}: self-edit {completions.index('')} is blank")
-        made.append({**entry(context), "completions": completions, "prompt": prompt})
+        rest = context.data if isinstance(context.data, dict) else {}
+        made.append({**entry(context), **rest, "completions": completions, "prompt": prompt})
     return made
 
 
