@@ -183,7 +183,7 @@ def test_squad_s_own_file_reads_as_seal_s(tmp_path):
 
 def test_rows_of_a_data_set_read_as_seal_s(tmp_path):
     """The hub's rows hold one question each; a local file of them needs no network."""
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     rows = [
         {"title": "A_b", "context": "C1", "question": f"Q{i}", "answers": {"text": [f"G{i}", "x"]}}
         for i in range(2)
@@ -192,8 +192,30 @@ def test_rows_of_a_data_set_read_as_seal_s(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = squad.load(path)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert squad.load(tmp_path / "rows.parquet") == [first, second]
     assert (first.title, first.passage, second.passage) == ("A b", "C1", "C2")
     assert [(q.text, q.gold) for q in first.questions] == [("Q0", "G0"), ("Q1", "G1")]
+
+
+def test_lines_of_passages_are_text_whatever_it_says(tmp_path):
+    """A reader that infers types makes times of titles and answers that are all dates."""
+    asked = [{"question": "When?", "answer": "2016-02-07"}]
+    rows = [{"title": "1999-01-01", "context": "One.\u2028Two.", "questions": asked}, ENTRY]
+    text = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    expected = squad.from_entries(rows, "here")
+    assert squad.load(tmp_path / "rows.jsonl") == expected
+    assert squad.load(tmp_path / "rows.jsonl.gz") == expected
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ENTRY) + "\n{\n")
+    with pytest.raises(SealError, match="bad.jsonl, line 2: not valid JSON"):
+        squad.load(tmp_path / "bad.jsonl")
+    packed = bytearray(gzip.compress(json.dumps([ENTRY] * 99).encode()))
+    packed[20] ^= 255
+    (tmp_path / "torn.json.gz").write_bytes(packed)
+    with pytest.raises(SealError, match="torn.json.gz: not a readable"):
+        squad.load(tmp_path / "torn.json.gz")
 
 
 def test_ids_are_stable_and_unique_even_for_equal_passages(tmp_path):

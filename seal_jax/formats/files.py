@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,35 @@ def read_json(path: str | Path) -> Any:
     Raises:
       SealError: names the file, and the line if it is not JSON.
     """
-    path = Path(path)
+    return _parsed(_text(Path(path)), str(path), 1)
+
+
+def read_lines(path: str | Path) -> list[Any]:
+    """Returns the rows of a file of JSON lines, as `read_json` reads one."""
+    # Not splitlines: texts may hold other separators, such as U+2028, as they are.
+    lines = enumerate(_text(Path(path)).split("\n"), 1)
+    return [_parsed(line, str(path), number) for number, line in lines if line.strip()]
+
+
+def _text(path: Path) -> str:
     if not path.is_file():
         raise SealError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            return json.load(file)
-    except json.JSONDecodeError as error:
-        raise SealError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            return file.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise SealError(f"{path}: not a readable UTF-8 file: {error}") from error
+
+
+def _parsed(text: str, name: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise SealError(f"{name}, line {line}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number, or a depth, beyond Python's
-        raise SealError(f"{path}: not valid JSON: {error}") from error
+        raise SealError(f"{name}: not valid JSON: {error}") from error
 
 
 def write_json(path: str | Path, content: Any) -> None:

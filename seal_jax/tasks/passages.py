@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_jax.errors import SealError
-from seal_jax.formats.files import need, read_json
+from seal_jax.formats.files import need, read_json, read_lines
 from seal_jax.tasks import Context, Question
 
 
@@ -18,16 +18,19 @@ def load(path_or_hub_id: str | Path) -> list[Context]:
     Args:
       path_or_hub_id: A JSON file (also .gz): a list of `{"title", "context", "questions":
         [{"question", "answer"}]}` or one of them, SEAL's format, or SQuAD's `{"data": [{"title",
-        "paragraphs": [{"context", "qas"}]}]}`. Or what `datasets` reads, one row for each passage
-        (SEAL's) or question (SQuAD's): a .jsonl or .parquet file, a folder, or a hub id such as
-        `rajpurkar/squad`, with `:SPLIT` after it for another split than train.
+        "paragraphs": [{"context", "qas"}]}]}`. A .jsonl file (also .gz), one row for each passage
+        (SEAL's) or question (SQuAD's). Or what `datasets` reads, of such rows: a .parquet file, a
+        folder, or a hub id such as `rajpurkar/squad`, with `:SPLIT` after it for another split than
+        train.
 
     Raises:
       SealError: names the file and the entry.
     """
     path, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if path.is_file() and name.removesuffix(".gz").endswith(".json"):
-        content = read_json(path)
+    plain = name.removesuffix(".gz")
+    if path.is_file() and plain.endswith((".json", ".jsonl")):
+        # Lines are not for `datasets`: it makes times of texts that are all dates.
+        content = read_lines(path) if plain.endswith(".jsonl") else read_json(path)
         squad = isinstance(content, dict) and isinstance(content.get("data"), list)
         entries = _articles(content["data"], name) if squad else content
         if isinstance(entries, dict) and "context" in entries:
@@ -101,18 +104,18 @@ def _articles(data: list[Any], origin: str) -> list[dict[str, Any]]:
 
 def _rows(name: str) -> Iterable[dict[str, Any]]:
     """Returns the rows of a data set, by way of the `datasets` library."""
-    suffix = {".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    parquet = Path(name).suffix == ".parquet"
     hub_id, _, split = name.partition(":")
-    if Path(name).is_file() and suffix is None:
-        raise SealError(f"{name}: expected a .json, .json.gz, .jsonl or .parquet file")
-    looks_local = suffix or name.count("/") > 1 or name.startswith((".", "/", "~"))
-    if looks_local and not Path(name).exists() or name.endswith((".json", ".gz")):
+    if Path(name).is_file() and not parquet:
+        raise SealError(f"{name}: expected a .json, .jsonl (or .gz of them) or .parquet file")
+    looks_local = parquet or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if looks_local and not Path(name).exists() or name.endswith((".json", ".jsonl", ".gz")):
         raise SealError(f"{name}: no such file")
     from datasets import load_dataset  # slow to import, and most runs never need it
 
     try:
-        if suffix:
-            return load_dataset(suffix, data_files=name, split="train")
+        if parquet:
+            return load_dataset("parquet", data_files=name, split="train")
         return load_dataset(name if Path(name).is_dir() else hub_id, split=split or "train")
     except Exception as error:  # datasets raises many kinds, from network and parsing alike
         first: BaseException = error
