@@ -106,8 +106,8 @@ ors: or: ists: ist: ism: ally: ly: als: al: ians: ian: ans: an: ous: ive: ic: ed
 """.split()
     )
 ]
-_TOKENS = re.compile(
-    r"(?:[A-Za-z]\.){2,}|[^\W\d_]+(?:'[^\W\d_]+)*"
+_TOKENS = re.compile(  # golds often lack an abbreviation's last period: D.C
+    r"(?:[A-Za-z]\.)+[A-Za-z]\b\.?|[^\W\d_]+(?:'[^\W\d_]+)*"
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:(?:st|nd|rd|th|s)\b)?"
     r"|[%$£€°]|\n|[.!?;](?=\s|$)"
 )
