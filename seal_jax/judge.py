@@ -65,7 +65,9 @@ def offline(question: str, gold: str, answer: str) -> bool:
     short = len(answer) < 2 * len(gold) + 8
     if not any(row) or short and exact(question, gold, answer):  # no words, or those of the gold
         return exact(question, gold, answer)
-    if short and _other_numbers(gold, answer) or _denied(question, gold, answer):
+    if short and _other_numbers(gold, answer) or _other_date(gold, answer):
+        return False
+    if _denied(question, gold, answer):
         return False
     return judge_trees.log_odds(weights().trees, np.array(row, np.float64)) > 0
 
@@ -124,6 +126,18 @@ def _other_numbers(gold: str, answer: str) -> bool:
     return not all(float(a) == float(b) or _cut(a, b) or _cut(b, a) for a, b in pairs)
 
 
+def _other_date(gold: str, answer: str) -> bool:
+    """Returns whether both name days of a year, and no day is in both."""
+    wanted = _dates(gold)
+    said = _dates(answer) if wanted else wanted
+    return bool(wanted and said) and not wanted & said
+
+
+def _dates(text: str) -> set[tuple[str, int, int]]:
+    found = _DATE.findall(plain(text))
+    return {(a or d, int(b or c), int(year)) for c, a, d, b, year in found}
+
+
 def _denied(question: str, gold: str, answer: str) -> bool:
     """Returns whether the answer has the gold once, right behind a `not` that was not asked for."""
     said, wanted = plain(answer), plain(gold)
@@ -136,6 +150,9 @@ def _cut(year: str, short: str) -> bool:
     return len(year) == 4 and len(short) == 2 and year.endswith(short)
 
 
+_MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_DATE = re.compile(rf"\b(?:{_DAY}(?: of)? {_MONTH}|{_MONTH} {_DAY}) (\d{{4}})\b")
 _NEGATION = re.compile(r"\b(?:no|not|never|none|nor|neither|without|except)\b|n['’]t\b", re.I)
 _NOT = r"\b(?:not|never|(?:is|was|are|were|did|does|do)nt)(?: (?:a|an|the|at|by|from|in|on|to))?"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
