@@ -194,8 +194,11 @@ def test_generating_a_data_set_is_the_reference_s_run(tmp_path):
         assert sampling.top_p == payload["top_p"]
         assert sampling.max_tokens == payload["max_tokens"]
         if case["expected_error"]:
-            with pytest.raises(SealError, match="passage 1: self-edit 1 is blank"):
-                synthetic.entries(chosen, asked, case["texts_by_index"])
+            texts = case["texts_by_index"]
+            blank = next(i for i, text in enumerate(texts) if not text.strip())
+            i, j = divmod(blank, options["k"])
+            with pytest.raises(SealError, match=f"passage {i}: self-edit {j} is blank"):
+                synthetic.entries(chosen, asked, texts)
             continue
         made = synthetic.entries(chosen, asked, case["texts_by_index"])
         assert json.dumps(made) == json.dumps(case["expected_output"])  # order of keys, too

@@ -144,6 +144,7 @@ def test_self_edits_that_came_with_the_passages_are_applied(tmp_path):
 
 def test_what_came_with_a_passage_is_a_list_of_texts_or_nothing(tmp_path):
     odd = [{"completions": "abc"}, {"completions": [3]}, {"completion": {"a": 1}}]
+    odd += [{"completions": ["\ud800"]}]  # half of a surrogate pair
     for entry in odd:
         with pytest.raises(SealError, match="'A': its completions are not a list of texts"):
             study.run(passages(tmp_path, entry), "single", tmp_path / "run")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from seal_jax.errors import SealError, SelfEditError
+from seal_jax.formats import files
 from seal_jax.tasks import Context, Edit, Example, Grade, Question, Task
 
 
@@ -99,7 +100,7 @@ def _given(context: Context) -> list[str]:
     data = context.data if isinstance(context.data, dict) else {}
     written = data.get("completions") or [data.get("completion")]
     texts = [text or "" for text in written] if isinstance(written, list) else None
-    if texts is None or not all(isinstance(text, str) for text in texts):
+    if texts is None or not all(map(files.is_text, texts)):
         raise SealError(f"{context.title!r}: its completions are not a list of texts")
     return texts
 

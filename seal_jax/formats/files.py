@@ -73,9 +73,14 @@ def need(entry: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any
         names = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(_NAMES.get(name, name.__name__) for name in names)
         raise SealError(f"{where}: {key!r} is not {expected}")
-    if isinstance(entry[key], str) and _SURROGATE.search(entry[key]):
+    if isinstance(entry[key], str) and not is_text(entry[key]):
         raise SealError(f"{where}: {key!r} is not text: half of a surrogate pair stands alone")
     return entry[key]
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether a value is a string that can be written down: JSON may hold half a letter."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
