@@ -341,3 +341,9 @@ def test_a_model_is_loaded_with_its_tokenizer(copy, params):
     chex.assert_trees_all_equal(lm.params, params)
     half = checkpoint.load_model(copy, dtype="bfloat16").params
     chex.assert_trees_all_equal(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+def test_weights_are_not_used_in_a_type_that_their_sums_overflow(copy):
+    """In float16 a candidate of numbers far below `optim.sound`'s limit spoils its neighbours."""
+    with pytest.raises(SealError, match="model.dtype='float16': expected one of"):
+        checkpoint.load_model(copy, dtype="float16")
