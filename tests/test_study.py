@@ -337,11 +337,12 @@ def test_settings_that_do_not_fit_leave_no_folder(tmp_path, setting, overrides, 
     assert not (tmp_path / "run").exists()
 
 
-def test_an_edit_that_diverges_is_an_error_not_a_model():
+@pytest.mark.parametrize("epochs", [1, 20])
+def test_an_edit_that_diverges_is_an_error_not_a_model(epochs):
     from seal_jax.evals import engine
 
     lm = checkpoint.load_model("tiny-world")
-    cfg = settings("inner.learning_rate=1e30", "inner.clip=0", "inner.epochs=20")
+    cfg = settings("inner.learning_rate=1e30", "inner.clip=0", f"inner.epochs={epochs}")
     with pytest.raises(SealError, match="diverged; lower inner.learning_rate"):
         made, name = inner_loop.documents(["a b c"]), batching.identity("x")
         engine.apply(lm, made, name, jax.random.key(0), cfg)

@@ -14,6 +14,7 @@ from seal_jax import (
     inner,
     lora,
     multihost,
+    optim,
     readers,
     rewards,
     sampling,
@@ -90,14 +91,14 @@ def apply(lm: LM, edit: Edit, name: int, key: jax.Array, cfg: Config) -> LM:
     reader = readers.readable(readers.ready(lm, cfg.mesh))
     adapters, losses = inner.adapt_many(reader, batch, key, cfg)
     del reader
-    if inner.diverged(batch, losses)[0]:
+    mesh = sharding.of(lm.params)
+    adapter = sharding.fetch(lora.take(adapters, 0))
+    # No loss was seen after the last step.
+    if inner.diverged(batch, losses)[0] or not optim.sound((adapter.a, adapter.b)):
         raise SealError(
             f"an inner loop diverged; lower inner.learning_rate, {cfg.inner.learning_rate:g}"
         )
-    mesh = sharding.of(lm.params)
-    adapter = lora.take(adapters, 0)
-    if mesh is not None:
-        adapter = sharding.share(sharding.fetch(adapter), mesh)
+    adapter = sharding.share(adapter, mesh)
     with sharding.use(mesh):
         params = lora.merge(lm.params, adapter)
     if mesh is not None:
