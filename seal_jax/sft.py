@@ -60,7 +60,17 @@ def finetune(
             f"{int(np.argmin(np.isfinite(losses)))}; lower its learning rate, "
             f"{settings.learning_rate:g}"
         )
+    if not sharding.fetch(_finite(params)):  # no loss was seen after the last step
+        raise SealError(
+            "finetuning diverged: a weight is not finite after the last step; lower its learning "
+            f"rate, {settings.learning_rate:g}"
+        )
     return params, losses
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]))
 
 
 def _one(slots: slots_lib.Slots, parts: int) -> slots_lib.Slots:

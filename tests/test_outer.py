@@ -125,6 +125,14 @@ def test_a_self_edit_that_is_cut_is_told_of(tiny, capsys):
         assert told in err and bool(told) == bool(err)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_policy_that_its_only_step_breaks_is_an_error(tiny, method):
+    """The loss before the step was finite."""
+    settings = config.Sft(method=method, epochs=1, learning_rate=1e38, weight_decay=100.0)
+    with pytest.raises(SealError, match="a weight is not finite after the last step"):
+        outer.finetune(tiny[0], [("a", "b c")], settings, jax.random.key(0))
+
+
 def test_nothing_kept_is_an_error_for_finetune(tiny):
     with pytest.raises(SealError, match="no self-edit was kept"):
         outer.finetune(tiny[0], [], config.Sft(), jax.random.key(0))
