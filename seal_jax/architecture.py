@@ -153,6 +153,7 @@ def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     scaling = new or old
     if not isinstance(scaling, dict) or any(isinstance(x, dict) for x in scaling.values()):
         raise SealError(f"{file}: rope_scaling={scaling!r} is not supported")
+    _refuse(scaling, file)  # partial_rotary_factor may stand here
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10_000.0
     theta = _number(theta, "rope_theta")

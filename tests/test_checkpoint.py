@@ -173,6 +173,7 @@ def test_half_precision_weights_are_cast_as_asked(copy, params):
         ({"mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "no key 'low_freq_factor'"),
