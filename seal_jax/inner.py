@@ -230,12 +230,17 @@ def _joined(chunks: list[Adapter], back: jax.Array) -> Adapter:
     return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *chunks)
 
 
-def diverged(batch: Batch, losses: np.ndarray) -> np.ndarray:
-    """Returns which candidates [c] met a loss that is not finite."""
+def diverged(batch: Batch, adapters: Adapter, losses: np.ndarray) -> np.ndarray:
+    """Returns which candidates [c] diverged, in whatever step: no loss is seen after the last."""
     count = [c.epochs * _slot_count(c, batch.settings) for c in batch.candidates]
-    return np.array(
-        [not np.isfinite(row[:n]).all() for row, n in zip(losses, count, strict=True)], bool
-    )
+    finite = [np.isfinite(row[:n]).all() for row, n in zip(losses, count, strict=True)]
+    return ~(np.array(finite, bool) & sharding.fetch(sound(adapters)))
+
+
+@jax.jit
+def sound(adapters: Adapter) -> jax.Array:
+    """Returns which of the adapters [c, ...] are `optim.sound`."""
+    return jax.vmap(optim.sound)((adapters.a, adapters.b))
 
 
 def _slot_count(candidate: batching.Candidate, settings: config_lib.Inner) -> int:

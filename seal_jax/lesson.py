@@ -48,7 +48,7 @@ class Lesson(NamedTuple):
 def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> Lesson:
     """Returns the lesson of one passage: `sampling.n` self-edits, each applied and tested.
 
-    Without questions the first self-edit counts as the best.
+    Without questions the first self-edit counts as the best; one that diverged never does.
 
     Args:
       passage: JSON in SEAL's format, or a text file: title on the first line, then the passage.
@@ -75,14 +75,20 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     batch = batching.pack(task, edits, lm.tokenizer, cfg.inner, eos_id=checkpoint.eos(lm))
     adapters, losses = inner.adapt_many(readers.readable(ready), batch, key, cfg)
     losses = sharding.fetch(losses)
-    reward, before, after, best = np.zeros(len(edits)), [], [], 0
+    bad = inner.diverged(batch, adapters, losses)
+    if bad.all():
+        raise SealError(
+            f"all inner loops diverged; lower inner.learning_rate, {cfg.inner.learning_rate:g}"
+        )
+    reward, before, answers = np.zeros(len(edits)), [], []
     questions = _questions(task, context)
     if questions:
         before = rewards.score(ready, None, task, [context], cfg).answers[0]
         scores = rewards.score(ready, adapters, task, [context], cfg)
         reward = multihost.broadcast(scores.reward)  # process 0 asked the judge
-        best = int(np.argmax(reward))
-        after = scores.answers[best]
+        answers = scores.answers
+    best = int(np.argmax(np.where(bad, -1, reward)))
+    after = answers[best] if answers else []
     if out is not None:
         adapter = sharding.fetch(lora.take(adapters, best))
         multihost.agree(lambda: str(peft.save_peft(adapter, out, cfg)).encode())

@@ -158,18 +158,18 @@ def evaluate(
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])
 
-    def work(chunk: slots_lib.Chunk) -> tuple[slots_lib.Chunk, list[list[str]], np.ndarray]:
+    def work(chunk: slots_lib.Chunk):
         adapters, losses = inner.adapt_chunk(params, batch, chunk, key, cfg.lora)
         contexts = [edits[i].context for i in _places(chunk)]
         answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
-        return chunk, answers, sharding.fetch(losses)
+        return chunk, answers, *sharding.fetch((losses, inner.sound(adapters)))
 
     todo = (c for c in inner.arrange(params, batch, key) if not done(_places(c)))
-    for chunk, answers, losses in streams.ordered(work, todo):
+    for chunk, answers, losses, sound in streams.ordered(work, todo):
         steps, places = np.asarray(chunk.slots.total_c), _places(chunk)
         pairs = [(edits[i].context, answers[j]) for j, i in enumerate(places)]
         outcomes = [
-            _outcome(i, own, answers[j], losses[j, : steps[j]], batch.candidates[i], cfg)
+            _outcome(i, own, answers[j], losses[j, : steps[j]], sound[j], batch.candidates[i], cfg)
             for j, (i, own) in enumerate(zip(places, grade(task, pairs, cfg), strict=True))
         ]
         yield outcomes, Efficiency().plus(chunk)
@@ -180,8 +180,8 @@ def _places(chunk: slots_lib.Chunk) -> list[int]:
     return [int(i) for i in chunk.index if i >= 0]
 
 
-def _outcome(place, graded, answers, losses, candidate, cfg) -> Outcome:
-    error = candidate.error
+def _outcome(place, graded, answers, losses, sound, candidate, cfg) -> Outcome:
+    error = candidate.error if sound else "diverged at the last step"
     if not np.isfinite(losses).all():
         step = int(np.argmin(np.isfinite(losses)))
         # A fresh adapter changes nothing.

@@ -212,6 +212,15 @@ def test_adapt_teaches_one_passage_and_saves_the_adapter(tmp_path, capsys):
     assert main(["adapt", config, "--passage", str(tmp_path / "none.txt")]) == 2
 
 
+def test_adapt_saves_no_adapter_that_diverged(tmp_path, capsys):
+    config = str(ROOT / "configs" / "tiny_world.yaml")
+    out = tmp_path / "adapter"
+    fast = ["sampling.n=2", "inner.epochs=1", "inner.learning_rate=1e30"]
+    assert main(["adapt", config, *fast, "--out", str(out)]) == 2
+    assert "all inner loops diverged" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_adapt_configures_a_puzzle_and_tests_what_it_did(tmp_path, capsys):
     cfg = config_lib.load_config(ROOT / "configs" / "arc_tiny.yaml", ["sampling.n=3"])
     taught = lesson.teach(cfg)

@@ -134,7 +134,7 @@ def test_a_neighbour_is_untouched_to_the_last_bit(params, together, change, fini
     chex.assert_trees_all_equal(lora.take(adapters, others), lora.take(together[0], others))
     np.testing.assert_array_equal(losses[1:], together[1][1:])
     assert not np.array_equal(losses[0][:9], together[1][0][:9])
-    diverged = inner.diverged(toys.batch(written, SETTINGS), losses)
+    diverged = inner.diverged(toys.batch(written, SETTINGS), adapters, losses)
     np.testing.assert_array_equal(diverged, [not finite, False, False, False, False])
 
 

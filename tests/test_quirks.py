@@ -156,7 +156,12 @@ def test_a_model_without_finite_losses_is_told_from_a_self_edit_that_diverges(ti
     lm, task, cfg = tiny
     broken = lm.params.replace(norm=lm.params.norm * float("nan"))
     fast = dataclasses.replace(cfg, inner=dataclasses.replace(cfg.inner, learning_rate=1e38))
-    for own, params, error in ((cfg, broken, "bare model"), (fast, lm.params, "diverged at")):
+    once = dataclasses.replace(cfg, inner=dataclasses.replace(fast.inner, epochs=1, batch_size=0))
+    for own, params, error in (
+        (cfg, broken, "bare model"),
+        (fast, lm.params, "diverged at step 1"),
+        (once, lm.params, "diverged at the last step"),
+    ):
         edits = [batching.SelfEdit(task.contexts[0], 0, "It is good.")]
         model = lm._replace(params=params)
         ((outcomes, _),) = rewards.evaluate(model, task, edits, jax.random.key(0), own)

@@ -14,7 +14,6 @@ from seal_jax import (
     inner,
     lora,
     multihost,
-    optim,
     readers,
     rewards,
     sampling,
@@ -91,14 +90,12 @@ def apply(lm: LM, edit: Edit, name: int, key: jax.Array, cfg: Config) -> LM:
     reader = readers.readable(readers.ready(lm, cfg.mesh))
     adapters, losses = inner.adapt_many(reader, batch, key, cfg)
     del reader
-    mesh = sharding.of(lm.params)
-    adapter = sharding.fetch(lora.take(adapters, 0))
-    # No loss was seen after the last step.
-    if inner.diverged(batch, losses)[0] or not optim.sound((adapter.a, adapter.b)):
+    if inner.diverged(batch, adapters, losses)[0]:
         raise SealError(
             f"an inner loop diverged; lower inner.learning_rate, {cfg.inner.learning_rate:g}"
         )
-    adapter = sharding.share(adapter, mesh)
+    mesh = sharding.of(lm.params)
+    adapter = sharding.share(sharding.fetch(lora.take(adapters, 0)), mesh)
     with sharding.use(mesh):
         params = lora.merge(lm.params, adapter)
     if mesh is not None:
