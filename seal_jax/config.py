@@ -76,8 +76,8 @@ class Inner:
     max_length: Positive = 2048
     """Tokens of one training text; longer ones are cut."""
     max_steps: Count = 0
-    """A self-edit asking for more steps trains nothing; 0 is no limit. A last batch that is not full
-    counts in part, as in the reference."""
+    """A self-edit asking for more steps trains nothing; 0 is no limit. Of a last batch that is not
+    full a part counts, as in the reference."""
     pad_loss: bool = False
     """Train on padding up to max_length, as the reference does; for fidelity checks only."""
     chunk: Count = 0
