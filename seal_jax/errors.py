@@ -9,5 +9,9 @@ class Stopped(Exception):
     """The run was asked to stop and has saved what it did; the sentence says how to go on."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, heeded between two records: no program is under way on the devices."""
+
+
 class SelfEditError(SealError):
     """A self-edit (model output, untrusted) that cannot be applied; the message says why."""

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from seal_jax import config as config_lib
-from seal_jax.errors import SealError, Stopped
+from seal_jax.errors import Interrupted, SealError, Stopped
 
 LOST = 75  # exit status of a process that another one left alone (EX_TEMPFAIL)
 _GRACE_S = 5
@@ -139,7 +139,7 @@ def _broadcast(message: bytes) -> bytes:
 
 
 def check() -> None:
-    """Raises Stopped, or KeyboardInterrupt, in every process where any of them was asked to stop.
+    """Raises Stopped, or Interrupted, in every process where any of them was asked to stop.
 
     Called after records were written, by all processes at the same places.
     """
@@ -147,7 +147,7 @@ def check() -> None:
     if jax.process_count() > 1:
         asked = int(np.max(multihost_utils.process_allgather(np.int32(asked))))
     if asked == signal.SIGINT:
-        raise KeyboardInterrupt
+        raise Interrupted
     if asked:
         raise Stopped(
             "stopped by SIGTERM; records are saved and the same command goes on from here"

@@ -183,6 +183,27 @@ def test_a_signal_stops_at_the_next_record_and_the_same_command_goes_on(
     check_same(folder, alone)
 
 
+UNDER_WAY = """
+import jax
+from seal_jax.__main__ import COMMANDS, main
+
+def interrupted(words):
+    endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x))
+    endless(jax.numpy.zeros((500, 500)))
+    raise KeyboardInterrupt
+
+COMMANDS["adapt"] = interrupted
+main()
+"""
+
+
+def test_ctrl_c_waits_for_no_program_on_the_devices():
+    """Python's own end does, and then crashes under it; this one would take for ever."""
+    command = [sys.executable, "-c", UNDER_WAY, "adapt"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "seal-jax: interrupted\n")
+
+
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_record(home):
     folder = home / "both_stopped"
     processes = launch_two(home, folder)
