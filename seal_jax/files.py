@@ -26,7 +26,7 @@ def path(name: str | AnyPath) -> AnyPath:
       SealError: where the library for buckets of this kind is not installed.
     """
     if "://" not in str(name):
-        return Path(name)
+        return Path(name).expanduser()
     try:
         found = epath.Path(name)
         found.exists()

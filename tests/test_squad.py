@@ -7,9 +7,9 @@ import json
 import pytest
 import shared_data
 
-from seal_jax import config
+from seal_jax import config, files
 from seal_jax.errors import SealError
-from seal_jax.tasks import Example, grading, squad
+from seal_jax.tasks import Example, arc, grading, squad
 
 ENTRY = {"title": "T", "context": "C", "questions": [{"question": "Q?", "answer": "A"}]}
 
@@ -264,7 +264,20 @@ def test_a_bad_file_is_named_with_its_entry(tmp_path, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    """No shell expands it in `task.path=~/data.json`, nor in a configuration file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "data.json", [ENTRY])
+    assert squad.load("~/data.json") == squad.load(tmp_path / "data.json")
+    assert files.path("~/runs") == tmp_path / "runs"
+    puzzle = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[1]]}]}
+    (tmp_path / "arc.json").write_text("\ufeff" + json.dumps({"a": puzzle}), encoding="utf-8")
+    assert len(arc.load("~/arc.json")) == 1
+
+
 def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SealError, match="no such file"):
+        squad.load("")
     with pytest.raises(SealError, match="none.json: no such file"):
         squad.load(tmp_path / "none.json")
 

@@ -29,6 +29,7 @@ def read_lines(path: str | Path) -> list[Any]:
 
 
 def _text(path: Path) -> str:
+    path = path.expanduser()
     if not path.is_file():
         raise SealError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:

@@ -1,6 +1,7 @@
 """Reads passages with questions: SEAL's JSON, SQuAD's own JSON, and data sets on the hub."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def load(path_or_hub_id: str | Path) -> list[Context]:
     Raises:
       SealError: names the file and the entry.
     """
-    path, name = Path(path_or_hub_id), str(path_or_hub_id)
+    name = os.path.expanduser(path_or_hub_id)
+    path = Path(name)
     plain = name.removesuffix(".gz")
     if path.is_file() and plain.endswith((".json", ".jsonl")):
         # Lines are not for `datasets`: it makes times of texts that are all dates.
@@ -108,8 +110,9 @@ def _rows(name: str) -> Iterable[dict[str, Any]]:
     hub_id, _, split = name.partition(":")
     if Path(name).is_file() and not parquet:
         raise SealError(f"{name}: expected a .json, .jsonl (or .gz of them) or .parquet file")
-    looks_local = parquet or name.count("/") > 1 or name.startswith((".", "/", "~"))
-    if looks_local and not Path(name).exists() or name.endswith((".json", ".jsonl", ".gz")):
+    looks_local = name.count("/") > 1 or name.startswith((".", "/", "~"))
+    looks_local |= name.endswith((".json", ".jsonl", ".gz", ".parquet"))
+    if looks_local and not Path(name).exists() or not name.strip():
         raise SealError(f"{name}: no such file")
     from datasets import load_dataset  # slow to import, and most runs never need it
 
