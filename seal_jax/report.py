@@ -1,6 +1,7 @@
 """One HTML file from a run folder: figures, tables, self-edits. It needs nothing beside it."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +169,9 @@ def _figure(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return title, markupsafe.Markup(text[text.index("<svg") :])
+    # Every drawing counts its parts from 1, and in one page an id stands for one thing.
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\1{plot.__name__[1:]}-", text[text.index("<svg") :])
+    return title, markupsafe.Markup(text)
 
 
 def _losses(each: Round) -> tuple[str, list[tuple[float, float]]]:

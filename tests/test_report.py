@@ -101,6 +101,14 @@ def test_the_report_holds_all_figures_and_needs_nothing_beside_it(folder):
     assert "4.2" in text and "reward 0.300" in text and "learning_rate" in text
 
 
+def test_drawings_of_a_page_share_no_id_and_links_find_theirs(folder):
+    text = report.write(folder).read_text()
+    ids = re.findall(r' id="([^"]+)"', text)
+    links = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)
+    assert len(ids) == len(set(ids)) > 30
+    assert {one or other for one, other in links} <= set(ids)
+
+
 def test_what_a_model_wrote_is_never_markup(folder):
     text = report.write(folder).read_text()
     page = Page(text)
