@@ -127,6 +127,8 @@ def _context(task: Task, passage: Path | None) -> Context:
         return found[0]
     if passage.name.removesuffix(".gz").endswith((".json", ".jsonl")):
         return passages.load(passage)[0]
+    if not passage.exists():
+        raise SealError(f"{passage}: no such file")
     try:
         first, _, rest = passage.read_text(encoding="utf-8-sig").strip().partition("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -141,13 +143,16 @@ def print_lesson(lesson: Lesson) -> None:
     """Prints the best self-edit and each question with its answers before and after."""
     if not multihost.leads():
         return
-    print(f"{lesson.context.title or lesson.context.id}: {len(lesson.edits)} self-edits")
+    asked = bool(lesson.questions)
+    untested = "" if asked else ", no question to choose by: the first is taken"
+    print(f"{lesson.context.title or lesson.context.id}: {len(lesson.edits)} self-edits{untested}")
     for edit, reward, losses in zip(lesson.edits, lesson.rewards, lesson.losses, strict=True):
         real = losses[np.isfinite(losses)]
         change = f"loss {real[0]:.3f} to {real[-1]:.3f}" if len(real) else "trained nothing"
-        mark = " <- best" if edit.index == lesson.best else ""
-        print(f"  {edit.index}: reward {reward:.3f}, {change}{mark}")
-    print(f"\nBest self-edit:\n{lesson.edits[lesson.best].text}\n")
+        mark = " <- best" if asked and edit.index == lesson.best else ""
+        earned = f"reward {reward:.3f}, " if asked else ""
+        print(f"  {edit.index}: {earned}{change}{mark}")
+    print(f"\n{'Best' if asked else 'First'} self-edit:\n{lesson.edits[lesson.best].text}\n")
     for (text, gold), before, after in zip(
         lesson.questions, lesson.before, lesson.after, strict=True
     ):

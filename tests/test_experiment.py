@@ -10,13 +10,16 @@ import time
 from pathlib import Path
 
 import chex
+import numpy as np
 import pytest
 import shared_data
 
 from seal_jax import checkpoint, experiment, held_out, lesson, runs, state, stats
 from seal_jax import config as config_lib
 from seal_jax.__main__ import main
+from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError
+from seal_jax.tasks import Context
 from seal_jax.tasks.registry import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +213,18 @@ def test_adapt_teaches_one_passage_and_saves_the_adapter(tmp_path, capsys):
     assert "<- best" in printed and "before:" in printed
     assert (out / "adapter_model.safetensors").is_file()
     assert main(["adapt", config, "--passage", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt: no such file" in capsys.readouterr().err
+
+
+def test_a_lesson_without_questions_shows_no_reward(capsys):
+    """Nothing was tested: a reward of 0 and a best self-edit would be made up."""
+    edits = [SelfEdit(Context("c", "T", "P"), i, f"text {i}") for i in range(2)]
+    losses, rewards = np.ones((2, 3)), np.zeros(2)
+    taught = lesson.Lesson(edits[0].context, edits, losses, rewards, 0, [], [], [], None)
+    lesson.print_lesson(taught)
+    printed = capsys.readouterr().out
+    assert "reward" not in printed and "best" not in printed.lower()
+    assert "no question to choose by" in printed and "First self-edit:\ntext 0" in printed
 
 
 def test_adapt_saves_no_adapter_that_diverged(tmp_path, capsys):
