@@ -38,6 +38,15 @@ class Workload(NamedTuple):
     efficiency: float = 0.4
 
 
+def workload(cfg: Config) -> Workload:
+    """Returns what a round is assumed to do, within what its settings allow."""
+    usual = Workload()
+    return usual._replace(
+        written=min(usual.written, cfg.sampling.max_tokens),
+        answer=min(usual.answer, cfg.answers.max_tokens),
+    )
+
+
 class Floor(NamedTuple):
     """The least a stage takes: operations in all, and seconds on all devices by each limit."""
 
@@ -194,7 +203,7 @@ def round_of(
             at_once=chunk * work.questions,
             prompts=answers,
             prompt=work.question,
-            written=min(work.answer, cfg.answers.max_tokens),
+            written=work.answer,
         ),
         "finetune": finetuning(config, cfg, chip, mesh, work),
     }

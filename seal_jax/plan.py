@@ -162,7 +162,7 @@ def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]
         copy=copy,
         itemsize=itemsize,
         tokens=min(request.tokens, cfg.inner.max_length),
-        work=costs.Workload(),
+        work=costs.workload(cfg),
         tell=lambda text: tell(f"{place.name}: {text}"),
     )
     wanted, stages = request.candidates or cfg.inner.chunk, {}

@@ -154,6 +154,13 @@ def test_training_costs_six_operations_a_weight_and_token_and_little_more():
     assert extra(4000) > 4 * extra(1000)
 
 
+def test_no_more_is_assumed_than_the_settings_allow():
+    short = config.load_config(None, ["sampling.max_tokens=128", "answers.max_tokens=8"])
+    usual, work = costs.workload(config.load_config(SEVEN)), costs.workload(short)
+    assert usual == costs.Workload()
+    assert (work.written, work.answer) == (128, 8)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
