@@ -356,7 +356,10 @@ def _build(tree: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> 
         key = ".".join(str(part) for part in first["loc"])
         if any(f"{key}.".startswith(f"{item.partition('=')[0]}.") for item in overrides):
             origin = "override"
-        raise SealError(f"{origin}: {key}={first['input']!r}: {first['msg']}") from error
+        said = first["msg"]
+        if first["type"] == "tuple_type":
+            said = f"expected a list, such as [{first['input']}]"
+        raise SealError(f"{origin}: {key}={first['input']!r}: {said}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

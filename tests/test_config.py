@@ -58,6 +58,8 @@ def test_settings_are_frozen():
         ("lora.rank=sixteen", ["lora.rank", "integer"]),
         ("lora.rank=0", ["lora.rank", "greater than or equal to 1"]),
         ("lora.targets=[query]", ["lora.targets"]),
+        ("lora.targets=q", ["lora.targets='q': expected a list, such as [q]"]),
+        ("trackers=tensorboard", ["expected a list, such as [tensorboard]"]),
         ("lora.targets=[]", ["lora.targets", "at least 1 item"]),
         ("outer.sft.epochs=0", ["outer.sft.epochs", "greater than or equal to 1"]),
         ("inner.learning_rate=.nan", ["inner.learning_rate"]),
