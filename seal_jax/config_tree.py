@@ -62,6 +62,8 @@ def overridden(
       SealError: names the key, and suggests the nearest known one.
     """
     _check(tree, root, origin, root)
+    if isinstance(overrides, str):
+        raise SealError(f"override {overrides!r}: expected a list of them, not one text")
     for item in overrides:
         key, sep, text = item.partition("=")
         if not sep or not key:

@@ -44,6 +44,11 @@ def test_overrides_change_one_value_and_scientific_notation_is_a_number():
     assert cfg.inner.epochs == config.Inner().epochs
 
 
+def test_overrides_are_a_list():
+    with pytest.raises(SealError, match="'inner.epochs=5': expected a list"):
+        config.load_config(None, "inner.epochs=5")
+
+
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.load_config(None).inner.epochs = 3

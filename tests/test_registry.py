@@ -49,3 +49,10 @@ def test_what_cannot_be_loaded_is_named(module, name, words):
     with pytest.raises(SealError, match=words) as caught:
         load_task(config.Task(name=name.format(module)))
     assert name.format(module) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tiny-world", "tiny-grids", "arc"])
+@pytest.mark.parametrize("judge", ["openai", "model"])
+def test_a_judge_that_would_not_be_asked_is_refused(name, judge):
+    with pytest.raises(SealError, match=f"task.judge={judge}: answers of {name} are compared"):
+        load_task(config.Task(name=name, judge=judge))

@@ -27,6 +27,8 @@ def load_task(
     if isinstance(settings, str):
         settings = config_lib.Task(name=settings)
     name = settings.name
+    if name in ("arc", "tiny-world", "tiny-grids") and settings.judge in ("openai", "model"):
+        raise SealError(f"task.judge={settings.judge}: answers of {name} are compared, not judged")
     if name == "squad":
         from seal_jax.tasks import squad
 
