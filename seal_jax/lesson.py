@@ -144,7 +144,7 @@ def print_lesson(lesson: Lesson) -> None:
     if not multihost.leads():
         return
     asked = bool(lesson.questions)
-    untested = "" if asked else ", no question to choose by: the first is taken"
+    untested = "" if asked else ", no question to choose by"
     print(f"{lesson.context.title or lesson.context.id}: {len(lesson.edits)} self-edits{untested}")
     for edit, reward, losses in zip(lesson.edits, lesson.rewards, lesson.losses, strict=True):
         real = losses[np.isfinite(losses)]
@@ -152,7 +152,8 @@ def print_lesson(lesson: Lesson) -> None:
         mark = " <- best" if asked and edit.index == lesson.best else ""
         earned = f"reward {reward:.3f}, " if asked else ""
         print(f"  {edit.index}: {earned}{change}{mark}")
-    print(f"\n{'Best' if asked else 'First'} self-edit:\n{lesson.edits[lesson.best].text}\n")
+    chosen = "Best self-edit" if asked else f"Self-edit {lesson.best}"
+    print(f"\n{chosen}:\n{lesson.edits[lesson.best].text}\n")
     for (text, gold), before, after in zip(
         lesson.questions, lesson.before, lesson.after, strict=True
     ):

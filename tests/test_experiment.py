@@ -224,7 +224,7 @@ def test_a_lesson_without_questions_shows_no_reward(capsys):
     lesson.print_lesson(taught)
     printed = capsys.readouterr().out
     assert "reward" not in printed and "best" not in printed.lower()
-    assert "no question to choose by" in printed and "First self-edit:\ntext 0" in printed
+    assert "no question to choose by" in printed and "Self-edit 0:\ntext 0" in printed
 
 
 def test_adapt_saves_no_adapter_that_diverged(tmp_path, capsys):
