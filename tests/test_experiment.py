@@ -71,6 +71,8 @@ def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
     table = json.loads((folder / "eval" / "table.json").read_text())
     assert table["oracle"]["n"] == 6 and table["oracle"]["se"] >= 0
     last, oracle = table["round 2"], table["oracle"]
+    (logged,) = [row for row in runs.records(folder / "metrics.jsonl") if "eval/base" in row]
+    assert logged["eval/round_2"] == last["mean"] and logged["eval/oracle"] == oracle["mean"]
     assert last["last_minus"] is None and len(set(last["contexts"])) == 6
     difference = stats.paired(last["rewards"], oracle["rewards"])
     assert oracle["last_minus"] == difference.record()

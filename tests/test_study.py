@@ -78,6 +78,15 @@ def test_the_result_file_is_the_reference_s_and_says_what_the_summary_says(singl
     )
 
 
+def test_what_an_evaluation_came_to_is_logged_once(single):
+    """Trackers show it."""
+    study.run(settings("evaluation.n=2"), "single", single)
+    found = runs.records(single / "metrics.jsonl")
+    (logged,) = [row for row in found if "single/no self-edit" in row]
+    summary = json.loads((single / "eval" / "single" / "summary.json").read_text())
+    assert logged["single/own self-edits"] == summary["own self-edits"]["mean"]
+
+
 def test_an_interrupted_evaluation_ends_with_the_same_files(single, tmp_path):
     whole = files_of(single)
     folder = tmp_path / "run"
