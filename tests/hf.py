@@ -39,7 +39,7 @@ def hf_config(config: ModelConfig, **changes: Any) -> transformers.PretrainedCon
         rms_norm_eps=config.rms_eps,
         tie_word_embeddings=config.tied,
         rope_parameters=rope,
-        max_position_embeddings=128,
+        max_position_embeddings=config.max_positions,
         eos_token_id=list(config.eos_ids),
         bos_token_id=config.bos_id,
         pad_token_id=0,
