@@ -123,18 +123,25 @@ def limits(dtype: str = "float32", quick: bool = False) -> Limits:
 
 
 class Compiling:
-    """Counts seconds of tracing and compiling while `with` it; JAX reports them as events."""
+    """Counts seconds of tracing and compiling while `with` it; JAX reports them as events.
 
+    Attributes:
+      seconds: All of it: tracing, lowering, and the compiler or reading the cache.
+      backend: Of these the compiler, or reading the cache.
+      requests: Programs asked of the cache; `hits` of them were there.
+    """
+
+    _BACKEND = "/jax/core/compile/backend_compile_duration"
     _EVENTS = (
         "/jax/core/compile/jaxpr_trace_duration",
         "/jax/core/compile/jaxpr_to_mlir_module_duration",
-        "/jax/core/compile/backend_compile_duration",
+        _BACKEND,
     )
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.backend = 0.0
         self.hits = self.requests = 0
-        self._spans: list[tuple[float, float]] = []
+        self._spans: list[tuple[str, float, float]] = []
 
     def __enter__(self) -> "Compiling":
         jax.monitoring.register_event_duration_secs_listener(self._add)
@@ -146,19 +153,20 @@ class Compiling:
 
         monitoring.unregister_event_duration_listener(self._add)
         monitoring.unregister_event_listener(self._count)
-        self.seconds = _union(self._spans)
+        self.seconds = _union([span for _, *span in self._spans])
+        self.backend = _union([span for event, *span in self._spans if event == self._BACKEND])
 
     def _add(self, event: str, duration: float, **_: Any) -> None:
         if event in self._EVENTS:
             end = time.perf_counter()
-            self._spans.append((end - duration, end))
+            self._spans.append((event, end - duration, end))
 
     def _count(self, event: str, **_: Any) -> None:
         self.hits += event == "/jax/compilation_cache/cache_hits"
         self.requests += event == "/jax/compilation_cache/compile_requests_use_cache"
 
 
-def _union(spans: Sequence[tuple[float, float]]) -> float:
+def _union(spans: Sequence[Sequence[float]]) -> float:
     """Returns the length of the union of spans: a trace inside a trace counts once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
