@@ -9,18 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax import batching, lanes, lora, optim, residents, sharding, streams
+from seal_jax import batching, costs, lanes, lora, optim, residents, sharding, streams
 from seal_jax import config as config_lib
 from seal_jax import slots as slots_lib
 from seal_jax.batching import Batch
 from seal_jax.errors import SealError
 from seal_jax.lora import Adapter
 from seal_jax.optim import Measures
-from seal_jax.params import Params
+from seal_jax.params import ModelConfig, Params
 from seal_jax.slots import Slots
+from seal_jax.visits import Price
 
 # One candidate's Slots, as vmap sees them: arrays without a candidate axis are shared.
 _AXES = {name: None if name in slots_lib.SHARED else 0 for name in Slots.__dataclass_fields__}
+# Operations of two cores in the half second that tracing a program and reading it from the cache
+# take; compiling takes several times that, once.
+_PROGRAM = 5e10
 
 
 def fit(
@@ -139,8 +143,15 @@ def arrange(params: Params, batch: Batch, key: jax.Array) -> Iterator[slots_lib.
     batching.check_vocabulary(batch, params.config.vocab_size)
     mesh, size = sharding.of(params), chunk_size(batch.settings)
     if mesh is None:
-        return lanes.arrange(batch, size, key)
+        return lanes.arrange(batch, size, key, price=price(params.config))
     return slots_lib.arrange(batch, size, key, sharding.data_size(mesh))
+
+
+def price(config: ModelConfig) -> Price:
+    """Returns what a program of its own must be worth on a CPU."""
+    head = config.vocab_size * config.d_model
+    layers = costs.matrix_numbers(config) - head
+    return Price(program=_PROGRAM / (4 * layers), predicted=head / layers)
 
 
 def adapt_chunk(

@@ -7,9 +7,10 @@ program depends on the number of residents and the shape of the call alone: it i
 chunk, round and run, so that the cache of compiled programs has it.
 """
 
+import collections
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from seal_jax import slots as slots_lib
 from seal_jax import visits
 from seal_jax.batching import Batch, steps_of
 from seal_jax.slots import Chunk
-from seal_jax.visits import Move, Size, Step, Visit
+from seal_jax.visits import Move, Price, Size, Step, Visit
 
 _ALIKE = 512  # of calls with more tokens, steps of several candidates share a row
 LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
@@ -106,7 +107,12 @@ def largest_call(batch: Batch, residents: int, tokens: int = 0, packed: bool | N
 
 
 def arrange(
-    batch: Batch, residents: int, key: jax.Array, tokens: int = 0, packed: bool | None = None
+    batch: Batch,
+    residents: int,
+    key: jax.Array,
+    tokens: int = 0,
+    packed: bool | None = None,
+    price: Price | None = None,
 ) -> Iterator[Chunk]:
     """Yields chunks of candidates, similar in number of steps.
 
@@ -118,9 +124,15 @@ def arrange(
       key: Draws the order of steps in each epoch.
       tokens: Tokens in a call, about; 0 chooses by the device.
       packed: Whether steps of several candidates share a row; None chooses by the device.
+      price: Where they do not: what a program must be worth; None: a program for every size.
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
+    sizes = [[visits.size_of(step) for step in own] for own in steps]
+    if price:  # of all chunks together, so that their number changes no size
+        epochs = [c.epochs for c in batch.candidates]
+        runs_in = visits.few(_counts(sizes, epochs), price)
+        sizes = [[runs_in.get(size, size) for size in own] for own in sizes]
     order = slots_lib.by_work(steps, total)
     shapes = shapes_of(batch, residents, tokens, packed)
     order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
@@ -134,7 +146,7 @@ def arrange(
         if shapes.packed:
             plan = visits.packed(own, queues, shapes.calls, residents)
         else:
-            plan = visits.alike(own, queues, tokens, residents)
+            plan = visits.alike([sizes[i] for i in group], queues, tokens, residents)
         rates, counts = np.zeros(chunk, np.float32), np.zeros(chunk, np.int32)
         rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
         counts[: len(group)] = [total[i] for i in group]
@@ -147,3 +159,11 @@ def arrange(
         # A place left empty in a row of many costs next to nothing; a row of its own costs all.
         executed = sum(len(v.lanes) if shapes.packed else v.width for v in plan.visits)
         yield Chunk(index, lanes, useful, processed, executed)
+
+
+def _counts(sizes: Sequence[list[Size]], epochs: Sequence[int]) -> dict[Size, int]:
+    """Returns how many steps of each size are taken."""
+    counts: collections.Counter[Size] = collections.Counter()
+    for own, times in zip(sizes, epochs, strict=True):
+        counts.update({size: times * n for size, n in collections.Counter(own).items() if times})
+    return counts

@@ -6,7 +6,7 @@ which steps of several candidates lie side by side; for the thousands of tokens 
 accelerator busy. Either way a program depends on the shape of a call alone, of which there are few.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,6 +38,18 @@ class Size(NamedTuple):
     t: int
     predicted: int
     places: int = 1
+
+
+class Price(NamedTuple):
+    """What a program of its own costs, in the work of a token through the layers.
+
+    Attributes:
+      program: Tracing, and reading it from the cache.
+      predicted: Logits of a token, there and back.
+    """
+
+    program: float
+    predicted: float
 
 
 class Lane(NamedTuple):
@@ -105,6 +117,35 @@ def _part(t: int, count: int) -> int:
     return t
 
 
+def few(steps: Mapping[Size, int], price: Price) -> dict[Size, Size]:
+    """Returns for each size the one that its steps run in, so that each is worth its program.
+
+    The size whose steps cost the least more in a larger one joins it, as long as that is less than
+    the price of a program.
+
+    Args:
+      steps: How many there are of each size.
+    """
+
+    def more(small: Size, large: Size) -> tuple[float, Size]:
+        """Returns what joining costs, and the size in which both run."""
+        both = large._replace(predicted=max(small.predicted, large.predicted))
+        work = lambda size: size.rows * (size.t + price.predicted * size.predicted)
+        return sum(left[x] * (work(both) - work(x)) for x in {small, large}), both
+
+    left, runs_in = dict(steps), {size: size for size in steps}
+    while True:
+        holds = [(a, b) for a in left for b in left if a != b and a.rows <= b.rows and a.t <= b.t]
+        if not holds:
+            return runs_in
+        (cost, both), pair = min((more(*pair), pair) for pair in holds)
+        if cost >= price.program:
+            return runs_in
+        count = sum(left.pop(x) for x in pair)
+        left[both] = left.get(both, 0) + count
+        runs_in = {size: both if own in pair else own for size, own in runs_in.items()}
+
+
 def most_tokens(tokens: int = 0) -> int:
     """Returns the tokens of a call: those asked for, or as the device likes it."""
     return tokens or TOKENS["cpu" if jax.default_backend() == "cpu" else "other"]
@@ -116,14 +157,16 @@ def width_of(size: Size, residents: int, tokens: int = 0) -> int:
 
 
 def alike(
-    steps: Sequence[list[Step]], queues: Sequence[np.ndarray], tokens: int, residents: int
+    sizes: Sequence[list[Size]], queues: Sequence[np.ndarray], tokens: int, residents: int
 ) -> Plan:
     """Returns the calls that take every candidate through its queue of steps, alike in length.
 
     Each call is of the size that fills most of its lanes at that moment; lanes left over go to
     candidates whose next step is smaller. Those with the most steps ahead of them go first.
+
+    Args:
+      sizes: Of each candidate's steps.
     """
-    sizes = [[size_of(step) for step in own] for own in steps]
     on = _Progress(queues, residents)
     start, visits = tuple(on.start), []
     while on.live:

@@ -174,6 +174,44 @@ def test_a_program_is_named_by_its_size_alone():
     assert len(sizes) <= 4
 
 
+def test_a_size_of_few_steps_joins_a_larger_one_unless_it_is_worth_its_program():
+    size = lambda rows, t, predicted: visits.Size(rows, t, predicted)
+    steps = {size(1, 24, 24): 100, size(1, 32, 32): 2, size(1, 96, 24): 50, size(1, 96, 96): 3}
+    steps |= {size(2, 48, 48): 1}
+    for program, left in ((0, 5), (190, 5), (200, 4), (1700, 4), (2000, 3), (1e6, 2)):
+        found = visits.few(steps, visits.Price(program, 0.5))
+        assert found.keys() == steps.keys() and len(set(found.values())) == left
+        for own, other in found.items():
+            assert all(a <= b for a, b in zip(own, other, strict=True))
+            assert other.t in {x.t for x in steps} and other.rows in {x.rows for x in steps}
+    steps = {size(1, 96, 24): 50, size(1, 96, 96): 3}
+    for predicted, left in ((0.1, {size(1, 96, 96)}), (0.5, set(steps))):  # 360 and 1,800 tokens
+        assert set(visits.few(steps, visits.Price(1000, predicted)).values()) == left
+
+
+@pytest.mark.parametrize("program", [50, 1e9])
+def test_shared_programs_take_the_same_steps_in_sizes_that_no_chunk_changes(program):
+    batch = toys.batch(WRITTEN, Inner(batch_size=2))
+    price, sizes = visits.Price(program, 0.2), []
+    for chunk in (1, 2, 4):
+        parts = list(lanes.arrange(batch, chunk, KEY, 16, price=price))
+        sizes.append({v.size for part in parts for v in part.slots.visits})
+        found = {i: [] for i in range(len(batch))}
+        for part in parts:
+            for visit in part.slots.visits:
+                for i, j, _ in visit.lanes:
+                    rows = part.slots.steps[i][j]
+                    assert all(
+                        a <= b for a, b in zip(visits.size_of(rows), visit.size, strict=True)
+                    )
+                    found[int(part.index[i])].append([tuple(x.tokens) for r in rows for x in r])
+        assert found == taken(batch, chunk, 16)
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert len(sizes[0]) < len(
+        {visits.size_of(x) for part in parts for s in part.slots.steps for x in s}
+    )
+
+
 def test_useful_and_processed_tokens_are_counted():
     batch = toys.batch(WRITTEN)
     parts = list(lanes.arrange(batch, 2, KEY, 64))
