@@ -156,7 +156,7 @@ def features(gold: Gold, answer: str) -> list[float]:
     other = [i for i in fresh if stems[i] not in gold.counts and texts[i] != gold.acronym]
     capitals = [i for i in other if capital[i]]
     first = min(indices, default=len(stems))
-    run = _longest_run(gold.stems, said)
+    run = _longest_run(gold.stems, stems)
     shared = sum([min(n, stems.count(stem)) for stem, n in gold.counts.items()])
     near, same = _question_around(gold, said, indices)
     negated = not _NEGATED.isdisjoint(texts)
@@ -241,20 +241,18 @@ def _match(gold: Gold, said: _Said) -> list[tuple[float, int]]:
     return matches
 
 
-def _longest_run(gold: tuple[str, ...], said: _Said) -> int:
+def _longest_run(gold: tuple[str, ...], said: tuple[str, ...]) -> int:
     """Returns the most words of the gold that stand in a row in the answer."""
     best = 0
     for start, stem in enumerate(gold):
-        if stem not in said.places:
-            continue
-        for at in range(said.places[stem], len(said.stems)):
-            if said.stems[at] == stem:
-                length = 1
-                for one, other in zip(gold[start + 1 :], said.stems[at + 1 :], strict=False):
-                    if one != other:
-                        break
-                    length += 1
-                best = max(best, length)
+        longest = len(gold) - start
+        if best >= longest:
+            break
+        at = -1
+        for _ in range(said.count(stem)):
+            at = said.index(stem, at + 1)
+            while best < longest and gold[start : start + best + 1] == said[at : at + best + 1]:
+                best += 1
     return best
 
 
