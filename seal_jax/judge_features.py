@@ -156,6 +156,10 @@ def features(gold: Gold, answer: str) -> list[float]:
     other = [i for i in fresh if stems[i] not in gold.counts and texts[i] != gold.acronym]
     capitals = [i for i in other if capital[i]]
     first = min(indices, default=len(stems))
+    letters = max(len(gold.trigrams), 1)
+    letters_new = _among(gold.trigrams, [texts[i] for i in fresh])
+    asked = [texts[i] for i in content if stems[i] in gold.question_stems]
+    letters_asked = _among(gold.trigrams - letters_new, asked)
     run = _longest_run(gold.stems, stems)
     shared = sum([min(n, stems.count(stem)) for stem, n in gold.counts.items()])
     near, same = _question_around(gold, said, indices)
@@ -175,8 +179,8 @@ def features(gold: Gold, answer: str) -> list[float]:
         run == len(gold.stems),
         opening_sum / total,
         max((len(side & places.keys()) / len(side) for side in gold.alternatives), default=-1.0),
-        _share(gold.trigrams, [texts[i] for i in content]),
-        _share(gold.trigrams, [texts[i] for i in fresh]),
+        (len(letters_new) + len(letters_asked)) / letters,
+        len(letters_new) / letters,
         2 * shared / (len(gold.stems) + len(stems)),
         (len(fresh) - len(other)) / max(len(fresh), 1),
         len(fresh),
@@ -260,14 +264,15 @@ def _question_around(gold: Gold, said: _Said, indices: list[int]) -> tuple[float
     """Returns the share of the question's words near what was found, and in its sentences."""
     if not indices:
         return -1.0, -1.0
-    sentences = {bisect.bisect(said.ends, index) for index in indices}
+    places, ends = said.places, said.ends
+    sentences = {bisect.bisect(ends, index) for index in indices}
     near = same = total = 0.0
     for stem, weight in gold.question.items():
         total += weight
-        if stem in said.places:
-            place = said.places[stem]
+        if stem in places:
+            place = places[stem]
             near += weight * math.exp(-min([abs(place - index) for index in indices]) / 6)
-            same += weight * (bisect.bisect(said.ends, place) in sentences)
+            same += weight * (bisect.bisect(ends, place) in sentences)
     return near / max(total, 1e-9), same / max(total, 1e-9)
 
 
@@ -294,10 +299,10 @@ def _numbers(gold: Gold, said: _Said) -> tuple[float, float, float]:
     return hits / len(gold.numbers), max(distances), min(extras, 5)
 
 
-def _share(wanted: frozenset[str], texts: list[str]) -> float:
-    """Returns the share of the trigrams that are in these words."""
+def _among(wanted: frozenset[str], texts: list[str]) -> set[str]:
+    """Returns those of the trigrams that are in these words."""
     marked = f"^{'$^'.join(texts)}$"
-    return sum([letters in marked for letters in wanted]) / max(len(wanted), 1)
+    return {letters for letters in wanted if letters in marked}
 
 
 def _trigrams(texts: Iterable[str]) -> frozenset[str]:
