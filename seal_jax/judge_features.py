@@ -161,7 +161,7 @@ def features(gold: Gold, answer: str) -> list[float]:
     asked = [texts[i] for i in content if stems[i] in gold.question_stems]
     letters_asked = _among(gold.trigrams - letters_new, asked)
     run = _longest_run(gold.stems, stems)
-    shared = sum([min(n, stems.count(stem)) for stem, n in gold.counts.items()])
+    shared = [min(n, stems.count(stem)) for stem, n in gold.counts.items() if stem in places]
     near, same = _question_around(gold, said, indices)
     negated = not _NEGATED.isdisjoint(texts)
     return [
@@ -181,7 +181,7 @@ def features(gold: Gold, answer: str) -> list[float]:
         max((len(side & places.keys()) / len(side) for side in gold.alternatives), default=-1.0),
         (len(letters_new) + len(letters_asked)) / letters,
         len(letters_new) / letters,
-        2 * shared / (len(gold.stems) + len(stems)),
+        2 * sum(shared) / (len(gold.stems) + len(stems)),
         (len(fresh) - len(other)) / max(len(fresh), 1),
         len(fresh),
         math.log1p(len(stems)),
@@ -192,7 +192,7 @@ def features(gold: Gold, answer: str) -> list[float]:
         same,
         len(capitals),
         sum(index < first for index in capitals),
-        sum(map(_HEDGES.__contains__, texts)),
+        0 if _HEDGES.isdisjoint(texts) else sum(text in _HEDGES for text in texts),
         negated,
         negated != gold.negated,
         *_numbers(gold, said),

@@ -93,9 +93,9 @@ SAME = {
     form: group.split()[0] for group in _SAME.split(";") for form in group.split() if group.strip()
 }
 
-# Longest first; a suffix goes, and what follows the colon comes, if four letters stay.
-_SUFFIXES = [
-    (ending, rest)
+# The longest that fits goes, and what follows the colon comes, if four letters stay.
+_SUFFIXES = {
+    ending: rest
     for ending, _, rest in (
         part.partition(":")
         for part in """
@@ -105,7 +105,8 @@ ate:at ions: ion: ances: ance: ences: ence: ants: ant: ents: ent: ings: ing: ies
 ors: or: ists: ist: ism: ally: ly: als: al: ians: ian: ans: an: ous: ive: ic: ed: es: e: s: y:
 """.split()
     )
-]
+}
+_LONGEST = max(map(len, _SUFFIXES))
 _TOKENS = re.compile(  # golds often lack an abbreviation's last period: D.C
     r"(?:[A-Za-z]\.)+[A-Za-z]\b\.?|[^\W\d_]+(?:'[^\W\d_]+)*"
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:(?:st|nd|rd|th|s)\b)?"
@@ -149,9 +150,10 @@ def stem(word: str) -> str:
     """Returns what a lower-case word shares with its relatives."""
     if word in SAME:
         return SAME[word]
-    for ending, rest in _SUFFIXES:
-        if word.endswith(ending) and len(word) - len(ending) + len(rest) >= 4:
-            return word[: len(word) - len(ending)] + rest
+    for size in range(_LONGEST, 0, -1):
+        rest = _SUFFIXES.get(word[-size:])
+        if rest is not None and len(word) - size + len(rest) >= 4:
+            return word[:-size] + rest
     return word
 
 
