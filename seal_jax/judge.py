@@ -47,7 +47,7 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
 def exact(question: str, gold: str, answer: str) -> bool:
     """Returns whether the answer's first line is the gold, up to case, spaces and punctuation."""
     first = _first_line(answer)
-    found, wanted = plain(first), plain(gold)
+    found, wanted = plain(first), _wanted(gold).plain
     if not wanted:  # a sign, such as + or ∞
         return bool(first) and first == gold.strip()
     return found == wanted
@@ -60,16 +60,20 @@ def offline(question: str, gold: str, answer: str) -> bool:
     """
     if not answer.strip():
         return False
-    prepared = _prepared(question, gold)
-    row = judge_features.features(prepared, answer)
     short = len(answer) < 2 * len(gold) + 8
-    if not any(row) or short and exact(question, gold, answer):  # no words, or those of the gold
+    if short and exact(question, gold, answer):
+        return True
+    row = judge_features.features(_prepared(question, gold), answer)
+    if not any(row):  # no words
         return exact(question, gold, answer)
-    if short and _other_numbers(gold, answer) or _other_date(gold, answer):
+    if judge_trees.log_odds(weights().trees, np.array(row, np.float64)) <= 0:
         return False
-    if _denied(question, gold, answer):
-        return False
-    return judge_trees.log_odds(weights().trees, np.array(row, np.float64)) > 0
+    return not (
+        short
+        and _other_numbers(gold, answer)
+        or _other_date(gold, answer)
+        or _denied(question, gold, answer)
+    )
 
 
 class Weights(NamedTuple):
@@ -108,6 +112,28 @@ def _prepared(question: str, gold: str) -> judge_features.Gold:
     return judge_features.prepare(question, gold, weights().rarity)
 
 
+class _Wanted(NamedTuple):
+    """A gold answer, prepared for the rules.
+
+    Attributes:
+      plain: Its plain text.
+      masked: The same with # for every number.
+      numbers: As written in the plain text.
+      dates: Days of a year.
+    """
+
+    plain: str
+    masked: str
+    numbers: list[str]
+    dates: set[tuple[str, int, int]]
+
+
+@functools.lru_cache(20_000)
+def _wanted(gold: str) -> _Wanted:
+    text = plain(gold)
+    return _Wanted(text, _NUMBER.sub("#", text), _NUMBER.findall(text), _dates(text))
+
+
 def _first_line(answer: str) -> str:
     return (answer.strip().splitlines() or [""])[0].strip()
 
@@ -117,10 +143,13 @@ def _other_numbers(gold: str, answer: str) -> bool:
 
     Words alone would carry it. Numbers in another order, or years cut to two digits, are no others.
     """
-    one, other = plain(gold), plain(_first_line(answer))
-    if _NUMBER.sub("#", one) != _NUMBER.sub("#", other):
+    wanted = _wanted(gold)
+    if not wanted.numbers:
         return False
-    pairs = list(zip(_NUMBER.findall(one), _NUMBER.findall(other), strict=True))
+    said = plain(_first_line(answer))
+    if wanted.masked != _NUMBER.sub("#", said):
+        return False
+    pairs = list(zip(wanted.numbers, _NUMBER.findall(said), strict=True))
     if sorted(float(a) for a, _ in pairs) == sorted(float(b) for _, b in pairs):
         return False
     return not all(float(a) == float(b) or _cut(a, b) or _cut(b, a) for a, b in pairs)
@@ -128,22 +157,26 @@ def _other_numbers(gold: str, answer: str) -> bool:
 
 def _other_date(gold: str, answer: str) -> bool:
     """Returns whether both name days of a year, and no day is in both."""
-    wanted = _dates(gold)
-    said = _dates(answer) if wanted else wanted
+    wanted = _wanted(gold).dates
+    said = _dates(plain(answer)) if wanted else wanted
     return bool(wanted and said) and not wanted & said
 
 
 def _dates(text: str) -> set[tuple[str, int, int]]:
-    found = _DATE.findall(plain(text))
+    found = _DATE.findall(text)
     return {(a or d, int(b or c), int(year)) for c, a, d, b, year in found}
 
 
 def _denied(question: str, gold: str, answer: str) -> bool:
     """Returns whether the answer has the gold once, right behind a `not` that was not asked for."""
-    said, wanted = plain(answer), plain(gold)
+    folded = _folded(answer)
+    if not any(word in folded for word in _NOT):  # most answers, and spacing joins no words
+        return False
+    said, wanted = _spaced(folded), _wanted(gold).plain
     if not wanted or said.count(wanted) != 1 or _NEGATION.search(f"{question} {gold}"):
         return False
-    return bool(re.search(rf"{_NOT} {re.escape(wanted)}(?!\S)", said))
+    ends = {end for found in _DENIAL.finditer(said) for end in (found.end(), found.end("not"))}
+    return any(f"{said} ".startswith(f" {wanted} ", end) for end in ends)
 
 
 def _cut(year: str, short: str) -> bool:
@@ -154,7 +187,8 @@ _MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
 _DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
 _DATE = re.compile(rf"\b(?:{_DAY}(?: of)? {_MONTH}|{_MONTH} {_DAY}) (\d{{4}})\b")
 _NEGATION = re.compile(r"\b(?:no|not|never|none|nor|neither|without|except)\b|n['’]t\b", re.I)
-_NOT = r"\b(?:not|never|(?:is|was|are|were|did|does|do)nt)(?: (?:a|an|the|at|by|from|in|on|to))?"
+_NOT = "not never isnt wasnt arent werent didnt doesnt dont".split()
+_DENIAL = re.compile(rf"\b(?P<not>{'|'.join(_NOT)})(?: (?:a|an|the|at|by|from|in|on|to))?(?= )")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _APOSTROPHES = re.compile(r"['’`]")
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -166,6 +200,14 @@ def plain(text: str) -> str:
 
     Decimal points and signs stay: 1.5 is not 15, and -5 not 5.
     """
+    return _spaced(_folded(text))
+
+
+def _folded(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
-    folded = _GROUPED_DIGITS.sub("", _APOSTROPHES.sub("", folded))
+    return _APOSTROPHES.sub("", folded)
+
+
+def _spaced(folded: str) -> str:
+    folded = _GROUPED_DIGITS.sub("", folded)
     return " ".join(_PUNCTUATION.sub(" ", " " + folded).split())

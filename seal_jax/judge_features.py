@@ -4,13 +4,14 @@ All of it is about words, so it knows neither the topic nor the passage. What de
 and gold alone is prepared once (`prepare`), since the same question is answered many times.
 """
 
+import bisect
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from seal_jax.judge_words import NEGATIONS, Word, similarity, trigrams, words
+from seal_jax.judge_words import NEGATIONS, STOP, Word, similarity, trigrams, words
 
 SIMILAR = 0.75
 """Words at least this similar count as the same word."""
@@ -24,6 +25,7 @@ NAMES = tuple(
 )
 """Of the features, in order."""
 
+_NEGATED = NEGATIONS & STOP
 _HEDGES = frozenset("unknown unclear unable unfortunately passage specified mentioned".split())
 _TOPIC = re.compile(r"\s*Topic: .*\n")
 _OR = re.compile(r"\bor\b|/")
@@ -59,6 +61,28 @@ class Gold(NamedTuple):
     question: dict[str, float]
     question_stems: frozenset[str]
     negated: bool
+
+
+class _Said(NamedTuple):
+    """An answer's words, by column.
+
+    Attributes:
+      stems: Empty for the end of a sentence.
+      texts: As `Word.text`.
+      capital: As `Word.capital`.
+      numbers: As `Word.number`.
+      content: Indices of content words.
+      ends: Indices of sentence ends.
+      places: First index of each stem.
+    """
+
+    stems: tuple[str, ...]
+    texts: tuple[str, ...]
+    capital: tuple[bool, ...]
+    numbers: tuple[float | None, ...]
+    content: list[int]
+    ends: list[int]
+    places: dict[str, int]
 
 
 def prepare(question: str, gold: str, rarity: Callable[[str], float]) -> Gold:
@@ -97,32 +121,17 @@ def prepare(question: str, gold: str, rarity: Callable[[str], float]) -> Gold:
 
 def features(gold: Gold, answer: str) -> list[float]:
     """Returns the numbers named by NAMES; zeros if gold or answer has no words."""
-    said = words(answer)
-    stems = [word.stem for word in said]
-    if not gold.words or not any(stems):
+    said = _said(answer)
+    if not gold.words or not said.places:
         return [0.0] * len(NAMES)
-    places: dict[str, int] = {}
-    sentence_of: list[int] = []
-    sentence = negated = hedges = 0
-    content: list[tuple[int, Word]] = []
-    for index, word in enumerate(said):
-        sentence_of.append(sentence)
-        if not word.stop:
-            content.append((index, word))
-            places.setdefault(word.stem, index)
-            hedges += word.text in _HEDGES
-        elif word.role == "end":
-            sentence += 1
-        else:
-            places.setdefault(word.stem, index)
-            negated = negated or word.text in NEGATIONS
-
+    stems, texts, capital, _, content, ends, places = said
+    first_end = ends[0] if ends else len(stems)
     total = found_sum = similar_sum = every_sum = opening_sum = 0.0
     missing_weight = found_weight = 0.0
     hits = missing = missing_capitals = found_capitals = 0
     indices = []
     for word, weight, new, (likeness, place) in zip(
-        gold.words, gold.weights, gold.new, _match(gold, places, content), strict=True
+        gold.words, gold.weights, gold.new, _match(gold, said), strict=True
     ):
         hit = likeness >= SIMILAR
         hits += hit
@@ -137,21 +146,24 @@ def features(gold: Gold, answer: str) -> list[float]:
             found_capitals += word.capital
             if place >= 0:
                 indices.append(place)
-                opening_sum += weight * (sentence_of[place] == 0)
+                opening_sum += weight * (place < first_end)
         else:
             missing += 1
             missing_weight = max(missing_weight, weight)
             missing_capitals += word.capital
 
-    fresh = [(i, w) for i, w in content if w.stem not in gold.question_stems]
-    other = [(i, w) for i, w in fresh if w.stem not in gold.counts and w.text != gold.acronym]
-    capitals = [index for index, word in other if word.capital]
-    first = min(indices, default=len(said))
-    run = _longest_run(gold.stems, stems, places)
-    in_answer = Counter(stems)
-    shared = sum(min(n, in_answer[stem]) for stem, n in gold.counts.items() if stem in places)
+    fresh = [i for i in content if stems[i] not in gold.question_stems]
+    other = [i for i in fresh if stems[i] not in gold.counts and texts[i] != gold.acronym]
+    capitals = [i for i in other if capital[i]]
+    first = min(indices, default=len(stems))
     letters = max(len(gold.trigrams), 1)
-    near, same = _question_around(gold, places, indices, sentence_of)
+    letters_new = _among(gold.trigrams, [texts[i] for i in fresh])
+    asked = [texts[i] for i in content if stems[i] in gold.question_stems]
+    letters_asked = _among(gold.trigrams - letters_new, asked)
+    run = _longest_run(gold.stems, stems)
+    shared = [min(n, stems.count(stem)) for stem, n in gold.counts.items() if stem in places]
+    near, same = _question_around(gold, said, indices)
+    negated = not _NEGATED.isdisjoint(texts)
     return [
         hits / len(gold.words),
         found_sum / total,
@@ -167,37 +179,48 @@ def features(gold: Gold, answer: str) -> list[float]:
         run == len(gold.stems),
         opening_sum / total,
         max((len(side & places.keys()) / len(side) for side in gold.alternatives), default=-1.0),
-        len(gold.trigrams & _trigrams(word.text for _, word in content)) / letters,
-        len(gold.trigrams & _trigrams(word.text for _, word in fresh)) / letters,
-        2 * shared / (len(gold.stems) + len(said)),
+        (len(letters_new) + len(letters_asked)) / letters,
+        len(letters_new) / letters,
+        2 * sum(shared) / (len(gold.stems) + len(stems)),
         (len(fresh) - len(other)) / max(len(fresh), 1),
         len(fresh),
-        math.log1p(len(said)),
+        math.log1p(len(stems)),
         answer.count(",") + answer.count(" and ") + answer.count(" or "),
         stems[0] in gold.counts and stems[0] not in gold.question_stems,
-        sum(stem in places for stem in gold.question) / max(len(gold.question), 1),
+        len(gold.question.keys() & places.keys()) / max(len(gold.question), 1),
         near,
         same,
         len(capitals),
         sum(index < first for index in capitals),
-        hedges,
+        0 if _HEDGES.isdisjoint(texts) else sum(text in _HEDGES for text in texts),
         negated,
         negated != gold.negated,
-        *_numbers(gold, content),
+        *_numbers(gold, said),
     ]
+
+
+def _said(answer: str) -> _Said:
+    """Returns an answer's words, without places if there are none."""
+    every = words(answer)
+    stems, texts, capital, stop, numbers, _ = zip(*every, strict=True) if every else [()] * 6
+    content = [index for index, skipped in enumerate(stop) if not skipped]
+    ends = [index for index, stem in enumerate(stems) if not stem]
+    backwards = range(len(stems) - 1, -1, -1)
+    places = dict(zip(reversed(stems), backwards, strict=True))  # the first, as the last to come
+    places.pop("", None)
+    return _Said(stems, texts, capital, numbers, content, ends, places)
 
 
 def _without_ends(text: str) -> list[Word]:
     return [word for word in words(text) if word.role != "end"]
 
 
-def _match(
-    gold: Gold, places: dict[str, int], content: list[tuple[int, Word]]
-) -> list[tuple[float, int]]:
+def _match(gold: Gold, said: _Said) -> list[tuple[float, int]]:
     """Returns how well each word of the gold is found in the answer, and where (-1: nowhere)."""
+    _, texts, capital, _, content, _, places = said
     acronym_at = -1
     if gold.acronym:
-        acronym_at = next((i for i, w in content if w.capital and w.text == gold.acronym), -1)
+        acronym_at = next((i for i in content if capital[i] and texts[i] == gold.acronym), -1)
     matches = []
     run_together = ""
     for word in gold.words:
@@ -207,8 +230,8 @@ def _match(
         elif acronym_at >= 0 and word.capital:
             likeness, place = 1.0, acronym_at
         elif word.number is None and len(word.text) >= 4:
-            for index, candidate in content:
-                text = candidate.text
+            for index in content:
+                text = texts[index]
                 if text[0] == word.text[0] and len(text) >= 4:
                     similar = similarity(word.text, text)
                     if similar > likeness:
@@ -216,54 +239,51 @@ def _match(
             if likeness < SIMILAR:
                 likeness, place = likeness if likeness >= 0.6 else 0.0, -1
                 if len(word.text) >= 6:  # "Varah Mihira" for Varahamihira
-                    run_together = run_together or "".join(w.text for _, w in content)
+                    run_together = run_together or "".join([texts[i] for i in content])
                     likeness = 1.0 if word.text in run_together else likeness
         matches.append((likeness, place))
     return matches
 
 
-def _longest_run(gold: tuple[str, ...], said: list[str], places: dict[str, int]) -> int:
+def _longest_run(gold: tuple[str, ...], said: tuple[str, ...]) -> int:
     """Returns the most words of the gold that stand in a row in the answer."""
     best = 0
     for start, stem in enumerate(gold):
-        if stem not in places:
-            continue
-        for at in range(places[stem], len(said)):
-            if said[at] == stem:
-                length = 1
-                for one, other in zip(gold[start + 1 :], said[at + 1 :], strict=False):
-                    if one != other:
-                        break
-                    length += 1
-                best = max(best, length)
+        longest = len(gold) - start
+        if best >= longest:
+            break
+        at = -1
+        for _ in range(said.count(stem)):
+            at = said.index(stem, at + 1)
+            while best < longest and gold[start : start + best + 1] == said[at : at + best + 1]:
+                best += 1
     return best
 
 
-def _question_around(
-    gold: Gold, places: dict[str, int], indices: list[int], sentence_of: list[int]
-) -> tuple[float, float]:
+def _question_around(gold: Gold, said: _Said, indices: list[int]) -> tuple[float, float]:
     """Returns the share of the question's words near what was found, and in its sentences."""
     if not indices:
         return -1.0, -1.0
-    sentences = {sentence_of[index] for index in indices}
+    places, ends = said.places, said.ends
+    sentences = {bisect.bisect(ends, index) for index in indices}
     near = same = total = 0.0
     for stem, weight in gold.question.items():
         total += weight
         if stem in places:
             place = places[stem]
             near += weight * math.exp(-min([abs(place - index) for index in indices]) / 6)
-            same += weight * (sentence_of[place] in sentences)
+            same += weight * (bisect.bisect(ends, place) in sentences)
     return near / max(total, 1e-9), same / max(total, 1e-9)
 
 
-def _numbers(gold: Gold, content: list[tuple[int, Word]]) -> tuple[float, float, float]:
+def _numbers(gold: Gold, said: _Said) -> tuple[float, float, float]:
     """Returns the share of the gold's numbers found, the distance of the worst, and the others.
 
     Numbers of the question do not count as others, nor as near ones.
     """
     if not gold.numbers:
         return 1.0, 0.0, -1.0
-    given = {word.stem: word.number for _, word in content if word.number is not None}
+    given = {said.stems[i]: n for i, n in enumerate(said.numbers) if n is not None}
     hits = sum(
         stem in given or stem.rstrip("s") in given or stem + "s" in given for stem in gold.numbers
     )
@@ -277,6 +297,12 @@ def _numbers(gold: Gold, content: list[tuple[int, Word]]) -> tuple[float, float,
     ]
     extras = sum(stem not in gold.numbers for stem in new)
     return hits / len(gold.numbers), max(distances), min(extras, 5)
+
+
+def _among(wanted: frozenset[str], texts: list[str]) -> set[str]:
+    """Returns those of the trigrams that are in these words."""
+    marked = f"^{'$^'.join(texts)}$"
+    return {letters for letters in wanted if letters in marked}
 
 
 def _trigrams(texts: Iterable[str]) -> frozenset[str]:

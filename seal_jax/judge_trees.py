@@ -4,6 +4,7 @@ Since all branches of a level share one question, a tree is a table: the answers
 digits, are the index of its leaf. Learned by `benchmarks/train_judge.py`.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +30,10 @@ class Trees(NamedTuple):
 
 def log_odds(trees: Trees, row: np.ndarray) -> float:
     """Returns the log-odds that an answer with these features is right."""
-    digits_td = row[trees.features_td] > trees.thresholds_td
-    leaf_t = digits_td @ _places(digits_td.shape[1])
-    return trees.bias + float(trees.leaves_tl[np.arange(len(leaf_t)), leaf_t].sum())
+    digits_td = row.take(trees.features_td) > trees.thresholds_td
+    depth = digits_td.shape[1]
+    leaf_t = _first_leaves(*trees.leaves_tl.shape) + digits_td @ _places(depth)
+    return trees.bias + float(trees.leaves_tl.take(leaf_t).sum())
 
 
 def log_odds_many(trees: Trees, rows_nf: np.ndarray) -> np.ndarray:
@@ -68,5 +70,11 @@ def read(file: Path) -> dict[str, Any]:
     return {**content, "trees": from_json(content["trees"])}
 
 
+@functools.lru_cache
 def _places(depth: int) -> np.ndarray:
     return 1 << np.arange(depth)[::-1]
+
+
+@functools.lru_cache
+def _first_leaves(trees: int, leaves: int) -> np.ndarray:
+    return leaves * np.arange(trees)

@@ -1,6 +1,6 @@
 """Text as words that compare equal when they mean the same: stems, numbers, nationalities.
 
-Each spelling is analysed once and remembered, so a text costs one regex and a look-up per word.
+What stands between spaces is analysed once and remembered, so a text costs a look-up per word.
 """
 
 import functools
@@ -93,9 +93,9 @@ SAME = {
     form: group.split()[0] for group in _SAME.split(";") for form in group.split() if group.strip()
 }
 
-# Longest first; a suffix goes, and what follows the colon comes, if four letters stay.
-_SUFFIXES = [
-    (ending, rest)
+# The longest that fits goes, and what follows the colon comes, if four letters stay.
+_SUFFIXES = {
+    ending: rest
     for ending, _, rest in (
         part.partition(":")
         for part in """
@@ -105,25 +105,32 @@ ate:at ions: ion: ances: ance: ences: ence: ants: ant: ents: ent: ings: ing: ies
 ors: or: ists: ist: ism: ally: ly: als: al: ians: ian: ans: an: ous: ive: ic: ed: es: e: s: y:
 """.split()
     )
-]
+}
+_LONGEST = max(map(len, _SUFFIXES))
 _TOKENS = re.compile(  # golds often lack an abbreviation's last period: D.C
     r"(?:[A-Za-z]\.)+[A-Za-z]\b\.?|[^\W\d_]+(?:'[^\W\d_]+)*"
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:(?:st|nd|rd|th|s)\b)?"
-    r"|[%$£€°]|\n|[.!?;](?=\s|$)"
+    r"|[%$£€°]|[.!?;]$"
 )
 _ROMAN = re.compile(r"(?=[IVXL]{2})(?:XL|L?X{0,3})(?:IX|IV|V?I{0,3})")
 _SIGNS = {"%": "percent", "$": "dollar", "£": "pound", "€": "euro", "°": "degree"}
-_JOINING = ("scale", "unit")
+_JOINING = frozenset(("scale", "unit"))
+_END = Word("", "", stop=True, role="end")
+_FOREIGN = re.compile(r"[^\x00-\x7f]+")
 _QUOTES = str.maketrans("’‘–—−", "''---")
 
 
 def words(text: str) -> list[Word]:
     """Returns the words of a text, sentence ends among them, numbers merged ("3 million")."""
     if not text.isascii():
-        decomposed = unicodedata.normalize("NFKD", text.translate(_QUOTES))
-        text = "".join(c for c in decomposed if not unicodedata.combining(c))
-    found = [_analyse(token) for token in _TOKENS.findall(text)]
-    if not any([word.role in _JOINING for word in found]):
+        text = _FOREIGN.sub(lambda found: _without_accents(found[0]), text)
+    found: list[Word] = []
+    for line in text.split("\n"):
+        for chunk in line.split():
+            found += _analyse_chunk(chunk)
+        found.append(_END)
+    found.pop()
+    if _JOINING.isdisjoint([word.role for word in found]):
         return found
     merged: list[Word] = []
     for word in found:
@@ -143,9 +150,10 @@ def stem(word: str) -> str:
     """Returns what a lower-case word shares with its relatives."""
     if word in SAME:
         return SAME[word]
-    for ending, rest in _SUFFIXES:
-        if word.endswith(ending) and len(word) - len(ending) + len(rest) >= 4:
-            return word[: len(word) - len(ending)] + rest
+    for size in range(_LONGEST, 0, -1):
+        rest = _SUFFIXES.get(word[-size:])
+        if rest is not None and len(word) - size + len(rest) >= 4:
+            return word[:-size] + rest
     return word
 
 
@@ -169,10 +177,21 @@ def similarity(one: str, other: str) -> float:
     return 2 * (len(one) - state.bit_count()) / (len(one) + len(other))
 
 
+def _without_accents(text: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", text.translate(_QUOTES))
+    return "".join(c for c in decomposed if not unicodedata.combining(c))
+
+
+@functools.lru_cache(200_000)
+def _analyse_chunk(chunk: str) -> tuple[Word, ...]:
+    """Returns the words of a text without spaces."""
+    return tuple([_analyse(token) for token in _TOKENS.findall(chunk)])
+
+
 @functools.lru_cache(200_000)
 def _analyse(token: str) -> Word:
-    if token in ("\n", ".", "!", "?", ";"):
-        return Word("", "", stop=True, role="end")
+    if token in (".", "!", "?", ";"):
+        return _END
     if token in _SIGNS:
         return Word(stem(_SIGNS[token]), _SIGNS[token])
     if token[0].isdecimal():  # other digits, such as those in circles, are no numbers to Python

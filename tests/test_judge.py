@@ -1,9 +1,10 @@
 """The offline judge: agreement with GPT-4.1 on real answers, and cases anyone would decide."""
 
+import numpy as np
 import pytest
 import shared_data
 
-from seal_jax import config, judge
+from seal_jax import config, judge, judge_trees, judge_words
 from seal_jax.errors import SealError
 
 WHEN = "When did the Normans arrive?"
@@ -48,6 +49,8 @@ def test_the_right_answer_in_other_dress_is_right(question, gold, answer):
         ("Who led them?", "William the Conqueror", "They were led by Harold Godwinson."),
         ("Who led them?", "William", "I do not know."),
         ("Who led them?", "William", "It was not William."),
+        ("Who led them?", "the king", "It was not the king."),
+        ("Who led them?", "king", "It was not the king."),
         ("Who led them?", "William", "They weren't led by him; it wasn’t William but Harold."),
         ("When was the series shown?", "8 November 2010", "28 November 2010"),
         ("When was the series shown?", "September 30, 1960", "September 30, 1967."),
@@ -85,6 +88,28 @@ def test_the_judge_agrees_with_gpt_4_1_on_real_answers():
         judge.offline(r["question"], r["gold"], r["answer"]) == bool(r["verdict"]) for r in rows
     ]
     assert sum(same) / len(same) > 0.88
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_one_row_gets_the_log_odds_it_gets_among_many(depth):
+    rng = np.random.default_rng(depth)
+    some = judge_trees.Trees(
+        bias=0.5,
+        features_td=rng.integers(7, size=(9, depth)),
+        thresholds_td=rng.normal(size=(9, depth)),
+        leaves_tl=rng.normal(size=(9, 1 << depth)),
+    )
+    rows_nf = rng.normal(size=(20, 7))
+    one_n = [judge_trees.log_odds(some, row) for row in rows_nf]
+    np.testing.assert_allclose(one_n, judge_trees.log_odds_many(some, rows_nf), rtol=1e-12)
+
+
+def test_words_are_those_of_the_lines_with_an_end_between():
+    one, other = "The U.S. won, 3", "million’s déjà\u00a0vu.\u2028Then…  no"
+    lines = [judge_words.words(line) for line in (one, other)]
+    (end,) = judge_words.words("\n")
+    assert judge_words.words(f"{one}\n{other}") == [*lines[0], end, *lines[1]]
+    assert [word.text for word in lines[1]] == "million deja vu  then  no".split(" ")
 
 
 def test_the_verdict_does_not_depend_on_what_was_judged_before():
