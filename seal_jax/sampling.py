@@ -26,6 +26,7 @@ from seal_jax.tiles import Tile
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
 _COLDEST = 1e-6  # below it a temperature is none
+_HOTTEST = 1e30  # from here on all tokens are as likely; float32 would have no room for 1e39
 _MARK = re.compile(r"<\|\w+\|>")  # of a chat
 
 
@@ -107,7 +108,7 @@ def decode(
         key=jax.random.key(0) if key is None else key,
         ends=np.asarray(lm.config.eos_ids or (-1,), np.int32),
         limit=np.int32(max_tokens),
-        temperature=np.float32(temperature or 1.0),
+        temperature=np.float32(min(temperature, _HOTTEST) or 1.0),
         top_p=np.float32(top_p),
         grammar=grammar,
         greedy=not temperature,
