@@ -1,5 +1,6 @@
 """Models in Hugging Face's format, in and out: config.json, safetensors, tokenizer files."""
 
+import dataclasses
 import json
 import math
 import os
@@ -69,10 +70,23 @@ def load_model(
     if kind == "auto":
         kind = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     runtime.keep_memory()
+    tokenizer = load_tokenizer(folder)
+    config = _ended(config, tokenizer)
     split = mesh is not None and mesh.size > 1
     places = sharding.weights(config, mesh) if split else None
     params = read_params(folder, config, jnp.dtype(kind), places)
-    return LM(params, load_tokenizer(folder), config, folder)
+    return LM(params, tokenizer, config, folder)
+
+
+def _ended(config: ModelConfig, tokenizer: Any) -> ModelConfig:
+    """Returns the architecture with the tokenizer's end of text as an end of generations too.
+
+    Training texts end with it (`eos`), and the reference's engine stops there whatever the model's
+    own files name.
+    """
+    own = tokenizer.eos_token_id
+    ends = (*config.eos_ids, *([] if own is None else [own]))
+    return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys(ends)))
 
 
 def eos(lm: LM) -> int:

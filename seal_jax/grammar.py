@@ -139,13 +139,15 @@ class Grammar:
 
 
 def token_texts(tokenizer: Any) -> list[str]:
-    """Returns what each token adds to a text that goes on, "" where it adds nothing."""
+    """Returns what each token adds to a text that goes on, "" where it adds nothing.
+
+    As texts are read in the end, without special tokens: a tokenizer has more than it names.
+    """
     anchor = tokenizer("{", add_special_tokens=False)["input_ids"]
-    before = len(tokenizer.decode(anchor))
+    before = len(tokenizer.decode(anchor, skip_special_tokens=True))
     pairs = [[*anchor, i] for i in range(len(tokenizer))]
-    special = set(tokenizer.all_special_ids)
-    texts = tokenizer.batch_decode(pairs)
-    return ["" if i in special else text[before:] for i, text in enumerate(texts)]
+    texts = tokenizer.batch_decode(pairs, skip_special_tokens=True)
+    return [text[before:] for text in texts]
 
 
 def compile(
@@ -157,7 +159,7 @@ def compile(
 
     Args:
       texts: What each token adds; see `token_texts`.
-      end_ids: Tokens that end a text.
+      end_ids: Tokens that end a text, and add nothing to it whatever they say.
       vocab_size: The model's, which may be larger than the tokenizer's, or smaller.
 
     Raises:
@@ -170,6 +172,7 @@ def compile(
     table = np.full((len(language.steps), vocab), -1, np.int32)
     trie: dict = {}
     for token, word in enumerate(texts):
+        word = "" if token in end_ids else word
         node = trie
         for character in word:
             node = node.setdefault(character, {})

@@ -100,7 +100,7 @@ def answer(own: Setting, chunk: int) -> Fit:
         own.limit - own.weights - own.copy - 2 * own.adapter * (chunk // own.parts),
         rows_lib.MOST["other"],
         own.work.question,
-        own.cfg.answers.max_tokens,
+        (own.cfg.answers.max_tokens,),
         1,
         own.itemsize,
     )

@@ -1,5 +1,7 @@
 """How many sequences are decoded together: as many as pay, and fit into a device's memory."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -11,12 +13,12 @@ MOST = {"cpu": 64, "other": 256}
 _SHARE = 0.8  # of the memory that weights leave; what is counted below is not all
 
 
-def at_once(lm: LM, prompt: int, room: int, samples: int, held: int = 0) -> int:
+def at_once(lm: LM, prompt: int, rooms: Sequence[int], samples: int, held: int = 0) -> int:
     """Returns how many prompts a device reads together, with `samples` sequences of each.
 
     Args:
       prompt: Tokens of the longest prompt.
-      room: Tokens of each sequence.
+      rooms: Tokens of each sequence, program by program.
       held: Bytes on the device besides the weights.
     """
     most = MOST["cpu" if jax.default_backend() == "cpu" else "other"]
@@ -28,7 +30,7 @@ def at_once(lm: LM, prompt: int, room: int, samples: int, held: int = 0) -> int:
     here = lambda x: x.addressable_shards[0].data.nbytes
     held += sum(map(here, jax.tree.leaves((lm.params, lm.reader))))
     itemsize = lm.params.embed.dtype.itemsize
-    return fitting(lm.config, limit - held, most, prompt, room, samples, itemsize)
+    return fitting(lm.config, limit - held, most, prompt, rooms, samples, itemsize)
 
 
 def fitting(
@@ -36,7 +38,7 @@ def fitting(
     free: float,
     most: int,
     prompt: int,
-    room: int,
+    rooms: Sequence[int],
     samples: int,
     itemsize: int = 2,
 ) -> int:
@@ -45,7 +47,8 @@ def fitting(
     Args:
       free: Bytes that the weights leave.
     """
-    kept = costs.cache_bytes(config, itemsize) * (prompt + samples * room)
+    # While a cache grows, the smaller one is still there.
+    kept = costs.cache_bytes(config, itemsize) * sum(prompt + samples * room for room in rooms[-2:])
     logits = 3 * 4 * config.vocab_size * samples
     # While a prompt is read: a layer at work, and its scores.
     d, heads = config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.d_head

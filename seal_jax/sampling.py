@@ -26,6 +26,7 @@ from seal_jax.tiles import Tile
 _ROOM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _ROOMS_ON_THE_WAY = (256, 1024, 4096)
 _COLDEST = 1e-6  # below it a temperature is none
+_HOTTEST = 1e30  # from here on all tokens are as likely; float32 would have no room for 1e39
 _MARK = re.compile(r"<\|\w+\|>")  # of a chat
 
 
@@ -86,18 +87,20 @@ def decode(
     if ids is None:
         numbers = iter(range(sum(len(rows) for rows in prompts)))
         ids = [[next(numbers) for _ in rows] for rows in prompts]
-    room = next((r for r in _ROOM if r >= max_tokens), max_tokens)
     longest = max((len(p) for rows in prompts for p in rows), default=1)
     t = slots_lib.round_up(max(longest, pad_to))
     mesh = sharding.of(lm.params)
     parts = sharding.data_size(mesh)
+    room = next((r for r in _ROOM if r >= max_tokens), max_tokens)
+    # On a mesh it is one program, the one that `plan` has compiled.
+    rooms = [*(r for r in _ROOMS_ON_THE_WAY if r < room and mesh is None), room]
     # Adapters are there twice: all, and a tile's own.
     held = 2 * sum(x.nbytes for x in jax.tree.leaves(adapters)) // parts
 
     def at_once(size: int) -> int:
         if chunk:
             return max(1, chunk // samples)
-        return parts * rows_lib.at_once(lm, size, room, samples, held)
+        return parts * rows_lib.at_once(lm, size, rooms, samples, held)
 
     results = [[[] for _ in rows] for rows in prompts]
     if own:
@@ -107,7 +110,7 @@ def decode(
         key=jax.random.key(0) if key is None else key,
         ends=np.asarray(lm.config.eos_ids or (-1,), np.int32),
         limit=np.int32(max_tokens),
-        temperature=np.float32(temperature or 1.0),
+        temperature=np.float32(min(temperature, _HOTTEST) or 1.0),
         top_p=np.float32(top_p),
         grammar=grammar,
         greedy=not temperature,
@@ -121,7 +124,7 @@ def decode(
         with sharding.use(mesh):
             adapter = _take(adapters, tile, parts, lm.config) if own else adapters
             own_draws = draws.replace(ids_cb=names)
-            shape = (samples, room, max_tokens, own)
+            shape = (samples, rooms, max_tokens, own)
             made = _run(params, adapter, (tokens, lengths), own_draws, *shape)
         for at, rows in enumerate(tile.rows):
             for place, (c, b) in enumerate(rows):
@@ -129,21 +132,18 @@ def decode(
     return results
 
 
-def _run(params, adapters, prompts, draws, samples: int, room: int, limit: int, own: bool):
+def _run(params, adapters, prompts, draws, samples: int, rooms: Sequence[int], limit: int, own):
     """Returns the sequences [c][b][samples] of one tile.
 
     In several programs, each with room for more tokens, as long as any sequence goes on; rows that
-    have ended are left behind where the rest fills no more than half the places. On a mesh it is
-    one program, the one that `plan` has compiled.
+    have ended are left behind where the rest fills no more than half the places.
     """
-    on_the_way = _ROOMS_ON_THE_WAY if sharding.current() is None else ()
-    rooms = [*(r for r in on_the_way if r < room), room]
     c, b, _ = prompts[0].shape
     results: list[list[list[Output]]] = [[[] for _ in range(b)] for _ in range(c)]
     place_b = np.arange(b)
     state = None
     for size in rooms:
-        static = {"room": size, "own_adapters": own, "keep": size < room}
+        static = {"room": size, "own_adapters": own, "keep": size < rooms[-1]}
         kind = (draws.greedy, draws.scored, own, params.config)
         shape = (len(place_b), *prompts[0].shape, samples, size, *kind)
         with streams.first_call(shape):

@@ -152,6 +152,16 @@ def test_every_end_of_text_counts(copy):
     assert checkpoint.read_config(copy).eos_ids == (3, 7, 9)
 
 
+@pytest.mark.parametrize(("named", "ends"), [(None, (0,)), (7, (7, 0)), ([0, 7], (0, 7))])
+def test_what_ends_training_texts_ends_generations(tmp_path, named, ends):
+    folder = Path(shutil.copytree(checkpoint.BUILT_IN["tiny-world"], tmp_path / "copy"))
+    (folder / "generation_config.json").unlink()
+    edit_config(folder, eos_token_id=named)
+    lm = checkpoint.load_model(folder)
+    assert lm.config.eos_ids == lm.params.config.eos_ids == ends
+    assert checkpoint.eos(lm) == 0
+
+
 def test_half_precision_weights_are_cast_as_asked(copy, params):
     def halve(tensors):
         for name, value in tensors.items():

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import toys
+from tokenizers import AddedToken
 
 from seal_jax import grammar, sampling
 from seal_jax.checkpoint import LM
@@ -110,8 +111,8 @@ def test_a_grammar_that_allows_everything_changes_no_draw():
 
 def test_tokens_beyond_the_model_s_are_left_out():
     language = grammar.automaton(text("ab"))
-    rules = grammar.compile(language, ["a", "b", "ab", "x"], [1, 9], vocab_size=2)
-    assert rules.allowed(np.int32(0)).tolist() == [True, False]
+    rules = grammar.compile(language, ["a", "b", "", "ab", "x"], [2, 9], vocab_size=3)
+    assert rules.allowed(np.int32(0)).tolist() == [True, False, False]
 
 
 def test_tokens_of_a_kind_are_those_that_lead_everywhere_alike():
@@ -130,6 +131,23 @@ def test_tokens_that_cannot_write_the_language_are_an_error():
     # `a` leads nowhere, `ab` does not: only the second may begin.
     rules = grammar.compile(language, ["a", "ab", ""], [2])
     assert rules.allowed(np.int32(0)).tolist() == [False, True, False]
+
+
+def test_a_token_that_ends_texts_ends_none_half_way_by_what_it_says():
+    rules = grammar.compile(grammar.automaton(text("ab")), ["b", "a", "b"], [2])
+    after = rules.after(np.int32(0), np.int32(1))
+    assert rules.allowed(after).tolist() == [True, False, False]
+    assert rules.allowed(rules.after(after, np.int32(0))).tolist() == [False, False, True]
+
+
+def test_special_tokens_that_a_tokenizer_does_not_name_write_nothing():
+    tokenizer = tokens.train(texts=50)
+    tokenizer.add_tokens([AddedToken("<|x|>", special=True), AddedToken("<y>")])
+    special, plain = tokenizer.convert_tokens_to_ids(["<|x|>", "<y>"])
+    assert special not in tokenizer.all_special_ids
+    words = grammar.token_texts(tokenizer)
+    assert (words[special], words[plain]) == ("", "<y>")
+    assert words[tokenizer.convert_tokens_to_ids("a")] == "a"
 
 
 @pytest.mark.parametrize("end_ids", [(), (40,)])

@@ -11,6 +11,7 @@ import toys
 import seal_jax as seal
 from seal_jax import sampling
 from seal_jax.checkpoint import LM
+from seal_jax.grammar import Grammar
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -87,6 +88,16 @@ def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
     greedy, _ = written(lm, samples=1, max_tokens=6, temperature=0.0)
     for cold in (1e-7, 1e-38, 1e-46):
         assert written(lm, samples=1, max_tokens=6, temperature=cold)[0] == greedy
+
+
+def test_at_any_temperature_only_what_a_grammar_allows_is_drawn():
+    lm = model(eos_ids=())
+    kinds = np.isin(np.arange(CONFIG.vocab_size), (3, 5, 8), invert=True).astype(np.int32)
+    rules = Grammar(np.array([[0, -1]], np.int32), kinds)
+    for temperature in (2e-6, 1e39):
+        rows, _ = written(lm, samples=2, max_tokens=6, temperature=temperature, grammar=rules)
+        drawn = {token for row in rows for tokens, _ in row for token in tokens}
+        assert drawn <= {3, 5, 8} and (temperature < 1 or len(drawn) == 3)
 
 
 def test_prompts_longer_than_the_model_was_made_for_are_told_of_once(capsys):

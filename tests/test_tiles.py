@@ -1,5 +1,6 @@
 """Which prompts are decoded together: everybody once, in few shapes that fit into memory."""
 
+import functools
 import itertools
 
 import jax
@@ -70,12 +71,11 @@ def test_answers_do_not_depend_on_how_many_are_made_at_once():
     assert len({str(text(out)) for out in made}) == 1
 
 
-@pytest.mark.parametrize("t", [256, 1536])
-def test_what_is_reckoned_for_a_prompt_covers_what_it_adds_to_the_program(t):
-    config = toys.config("qwen2", n_layers=6, d_model=128, d_ff=512, vocab_size=512)
+def abstract(config, t: int, count: int, room: int):
+    """Returns the shapes that `decoding.run` takes, and its settings."""
     shape = jax.ShapeDtypeStruct
     draws = decoding.Draws(
-        ids_cb=None,
+        ids_cb=shape((1, count), jnp.uint32),
         key=jax.eval_shape(lambda: jax.random.key(0)),
         ends=shape((2,), jnp.int32),
         limit=shape((), jnp.int32),
@@ -86,30 +86,47 @@ def test_what_is_reckoned_for_a_prompt_covers_what_it_adds_to_the_program(t):
         nucleus=False,
         scored=False,
     )
+    weights = params.shapes(config, jnp.float32)
+    prompts = (shape((1, count, t), jnp.int32), shape((1, count), jnp.int32))
+    return (weights, None, *prompts, draws), {"samples": 2, "room": room, "own_adapters": False}
+
+
+@pytest.mark.parametrize("t", [256, 1536])
+def test_what_is_reckoned_for_a_prompt_covers_what_it_adds_to_the_program(t):
+    config = toys.config("qwen2", n_layers=6, d_model=128, d_ff=512, vocab_size=512)
 
     def needed(count: int) -> int:
-        ids = shape((1, count), jnp.uint32)
-        lowered = decoding.run.lower(
-            params.shapes(config, jnp.float32),
-            None,
-            shape((1, count, t), jnp.int32),
-            shape((1, count), jnp.int32),
-            draws.replace(ids_cb=ids),
-            samples=2,
-            room=64,
-            own_adapters=False,
-        )
+        arrays, static = abstract(config, t, count, 64)
+        lowered = decoding.run.lower(*arrays, **static)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     added = (needed(8) - needed(4)) / 4
     free = 1 << 34
-    each = rows._SHARE * free / rows.fitting(config, free, 1 << 30, t, 64, 2, itemsize=4)
+    each = rows._SHARE * free / rows.fitting(config, free, 1 << 30, t, (64,), 2, itemsize=4)
     assert 0.9 * added < each < 4 * added
+
+
+def test_what_is_reckoned_for_a_prompt_covers_a_cache_beside_the_one_it_grows_to():
+    config = toys.config("qwen2", d_model=128, d_ff=512, d_head=32, vocab_size=512)
+    rooms = (1024, 4096, 8192)
+
+    def needed(count: int) -> int:
+        arrays, static = abstract(config, 256, count, rooms[-2])
+        state = jax.eval_shape(functools.partial(decoding.run, keep=True, **static), *arrays)
+        static = {"room": rooms[-1], "own_adapters": False}
+        lowered = decoding.go_on.lower(*arrays[:2], state, arrays[-1], **static)
+        memory = lowered.compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    added = (needed(8) - needed(4)) / 4
+    free = 1 << 36
+    each = rows._SHARE * free / rows.fitting(config, free, 1 << 30, 256, rooms, 2, itemsize=4)
+    assert 0.9 * added < each < 1.5 * added
 
 
 def test_fewer_prompts_fit_the_longer_they_and_their_sequences_are():
     config = toys.config("qwen2")
-    fit = lambda free, *shape: rows.fitting(config, free, 256, *shape)
+    fit = lambda free, t, room, *rest: rows.fitting(config, free, 256, t, (room,), *rest)
     assert fit(1 << 40, 64, 64, 1) == 256 and fit(1 << 40, 64, 64, 5) == 51
     assert fit(-1, 64, 64, 1) == 1
     few = [fit(1 << 26, t, 64, 1) for t in (64, 512, 2048, 8192)]
