@@ -248,7 +248,7 @@ def train_policy(
 
     Without a kept self-edit there is none.
     """
-    if files.exists(folder):
+    if state.is_saved(folder):
         return True
     if not kept:
         return False
