@@ -60,6 +60,17 @@ def test_a_policy_that_a_kill_left_half_in_a_bucket_is_made_again(bucket, monkey
     assert saved == [{"overwrite": True}]
 
 
+@pytest.mark.parametrize("put", [files.write, files.append])
+def test_a_full_disk_is_told_of_with_the_file(put, tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        put(tmp_path / "edits.jsonl", b"{}")
+    assert caught.value.filename == str(tmp_path / "edits.jsonl")
+
+
 def test_the_machine_s_settings_change_no_run(tmp_path):
     runs.open_run(config.Config(), tmp_path / "run")
     other = config.load_config(None, ["mesh.model=2", "distributed.heartbeat_s=9"])
