@@ -52,14 +52,14 @@ def known(path: str) -> ModelConfig | None:
     return PUBLIC.get(path.removesuffix("-Instruct"))
 
 
-def find(path: str) -> ModelConfig:
+def find(path: str, revision: str | None = None) -> ModelConfig:
     """Returns the architecture of a folder, a public model by its id, or what the hub has."""
     folder = Path(path).expanduser()
     if not folder.exists() and known(path) is not None:
         return known(path)
     from seal_jax import checkpoint  # which reads architectures itself
 
-    return read_config(checkpoint.find(path, weights=False))
+    return read_config(checkpoint.find(path, revision, weights=False))
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -181,7 +181,8 @@ def _bytes(
     config = weights.config
     try:
         if weights.mesh is not None:
-            cfg = config_lib.Config(lora=adapter, inner=settings)
+            model = config_lib.Model(dtype=weights.dtype)
+            cfg = config_lib.Config(model=model, lora=adapter, inner=settings)
             size = (call.residents, call.size.t, call.size.rows)
             program = programs.inner_loop(config, cfg, weights.mesh, *size)
             return programs.memory(programs.compiled(program)).total

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from seal_jax import (
     checkpoint,
-    files,
     held_out,
     judge_model,
     multihost,
@@ -141,7 +140,6 @@ def one_round(
     or with `outer.adapt: base` to the model before any round.
     """
     home = path / f"round_{number}"
-    over = files.exists(home / "summary.json")  # a run that goes on comes by again
     start = time.monotonic()
     key = outer.key_of(cfg, "write", number)
     edits = outer.write_edits(
@@ -176,7 +174,7 @@ def one_round(
     summary = summarise(scored, kept, base, rows)
     summary |= {"replayed": len(again), "written_again": sum(tries) - len(tries)}
     runs.write_json(home / "summary.json", summary)
-    if not over:
+    if not metrics.has(f"round_{number}"):
         metrics.log(
             stage=f"round_{number}",
             write_s=round(wrote - start, 2),

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -78,7 +79,7 @@ def write(file: AnyPath, data: bytes) -> None:
     if file.is_dir():
         raise SealError(f"{file}: is a folder")
     partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "wb") as out:
+    with _named(file), open(partial, "wb") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
@@ -94,10 +95,19 @@ def append(file: AnyPath, data: bytes) -> None:
         before = file.read_bytes() if file.exists() else b""
         file.write_bytes(before + data)  # buckets cannot append
         return
-    with open(file, "ab") as out:
+    with _named(file), open(file, "ab") as out:
         out.write(data)
         out.flush()
         os.fsync(out.fileno())
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Makes errors name a file: that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def truncate(file: AnyPath, size: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from seal_jax import files, outer, runs, stats, table
+from seal_jax import outer, runs, stats, table
 from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
 from seal_jax.errors import SealError
@@ -41,7 +41,7 @@ def evaluate(
         rows.append(_row(name, models.load_adapted(policy), task, edits, home, cfg, metrics))
     last = [row for row in rows if row.name == "oracle"]
     rows = [row for row in rows if row.name != "oracle"] + last
-    if not files.exists(home / "table.json"):  # or a finished run would log it again
+    if not metrics.has("eval/table"):
         means = {f"eval/{_slug(row.name)}": row.estimate.mean for row in rows}
         metrics.log(stage="eval/table", **means)
     runs.write_json(home / "table.json", _records(rows, contexts))

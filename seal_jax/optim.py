@@ -135,14 +135,16 @@ def losses(
       place_bt: Which of them a token belongs to; a text's tokens belong to one.
       sound_p: Which of them have not diverged: see `sound`.
     """
+    count = jax.tree.leaves(adapters.a)[0].shape[0]
+    if count > 1:
+        # In a shared row 0 x NaN is NaN: who diverged takes no part, whoever else is there.
+        keep = lambda x: jnp.where(sound_p.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+        adapters = jax.tree.map(keep, adapters)
     adapter, ranks_btr = lora.side_by_side(adapters, place_bt)
     if ranks_btr is None:
         texts = (tokens_bt, weights_bt, segments_bt)
         value = loss(params, adapter, *texts, remat=remat, predicted=predicted)
         return jnp.where(sound_p, value, jnp.nan)
-    # In a shared row 0 x NaN is NaN: who diverged takes no part, whoever else is there.
-    keep = lambda x: jnp.where(sound_p.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
-    adapter, ranks_btr = lora.side_by_side(jax.tree.map(keep, adapters), place_bt)
     x_btd = model.hidden(
         params, adapter, tokens_bt, segments_bt=segments_bt, remat=remat, ranks_btr=ranks_btr
     )
@@ -152,7 +154,6 @@ def losses(
     own_bt = place_bt[:, 1:]
     if places is not None:
         own_bt = jnp.take_along_axis(own_bt, places, axis=1)
-    count = jax.tree.leaves(adapters.a)[0].shape[0]
     share = lambda own_bt, x_bt: jnp.sum(
         jnp.where(own_bt == jnp.arange(count)[:, None, None], x_bt, 0.0), axis=(1, 2)
     )

@@ -5,7 +5,7 @@ run that was killed goes on where it stopped and ends with the records it would 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from seal_jax import (
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
+from seal_jax.errors import SealError
 from seal_jax.sft import finetune
 from seal_jax.tasks import Context, Task
 
@@ -129,6 +130,7 @@ def write_edits(
             advance(len(wanted))
     rows = runs.records(file, **_EDIT)
     by_place = {(row["context"], row["index"]): row["text"] for row in rows}
+    _check_there(file, by_place, [(c.id, i) for c in contexts for i in range(n)])
     return [SelfEdit(c, i, by_place[c.id, i]) for c in contexts for i in range(n)]
 
 
@@ -183,7 +185,20 @@ def test_edits(
                     token_efficiency=round(total.useful / max(total.processed, 1), 4),
                     step_efficiency=round(total.active / max(total.executed, 1), 4),
                 )
-    return runs.records(file)
+    rows = runs.records(file, **_TESTED)
+    places = ((edit.context.id, edit.index) for edit in edits)
+    wanted = [(*place, seed) for place in places for seed in range(seeds)]
+    _check_there(file, {(r["context"], r["index"], r["seed"]) for r in rows}, wanted)
+    return rows
+
+
+def _check_there(file: files.AnyPath, found: Container[tuple], wanted: Iterable[tuple]) -> None:
+    """Raises SealError where records have gone that were read or written before."""
+    if gone := [place for place in wanted if place not in found]:
+        raise SealError(
+            f"{file}: {len(gone)} records have gone since they were written: was the folder of the "
+            "run deleted meanwhile?"
+        )
 
 
 def _reward_record(edit: SelfEdit, seed: int, outcome: rewards.Outcome) -> runs.Record:
@@ -248,7 +263,7 @@ def train_policy(
 
     Without a kept self-edit there is none.
     """
-    if files.exists(folder):
+    if state.is_saved(folder):
         return True
     if not kept:
         return False

@@ -141,24 +141,31 @@ def _place(topology: str | None) -> Place:
 
 def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]:
     """Returns the plan; compiles in this process, which must have the environment for it."""
-    from seal_jax import architecture, costs, plan_stages, programs, sharding
+    import jax
+
+    from seal_jax import architecture, costs, plan_stages, programs, readers, sharding
 
     cfg, place = request.settings, _place(request.topology)
-    config = architecture.find(cfg.model.path)
+    config = architecture.find(cfg.model.path, cfg.model.revision)
     mesh = sharding.make(cfg.mesh, place.devices)
-    itemsize = programs.weights(config, mesh).embed.dtype.itemsize
+    itemsize = programs.weights(config, mesh, dtype=cfg.model.dtype).embed.dtype.itemsize
     layout, copy = "fsdp", 0
+    weights = sharding.bytes_per_device(config, mesh, "fsdp", itemsize)
     if mesh.size > 1:
         layout = sharding.decode_layout(config, cfg.mesh, mesh, itemsize, place.limit)
-    if layout != "fsdp":
-        copy = sharding.bytes_per_device(config, mesh, layout, itemsize)
+        if layout != "fsdp":
+            copy = sharding.bytes_per_device(config, mesh, layout, itemsize)
+    elif readers.takes_a_copy(config, weights, place.devices[0], place.limit):
+        layout = "apart"
+        apart = programs.weights(config, mesh, layout, cfg.model.dtype)
+        copy = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(apart))
     own = plan_stages.Setting(
         cfg=cfg,
         config=config,
         mesh=mesh,
         limit=int(place.limit * (1 - HEAD_ROOM)),
         layout=layout,
-        weights=sharding.bytes_per_device(config, mesh, "fsdp", itemsize),
+        weights=weights,
         copy=copy,
         itemsize=itemsize,
         tokens=min(request.tokens, cfg.inner.max_length),

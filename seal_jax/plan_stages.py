@@ -68,7 +68,8 @@ def inner(own: Setting, wanted: int) -> Fit:
     label = f"the inner loop of {own.tokens} tokens"
     if own.mesh.size == 1:
         guess = own.free // ((4 + 3 * lanes.GROUP) * own.adapter)
-        return _find(own, _at(own, label, functools.partial(_lanes, own)), wanted, 1, edits, guess)
+        at = _at(own, label, functools.partial(_lanes, own), own.weights if own.copy else 0)
+        return _find(own, at, wanted, 1, edits, guess)
     # Adapter, moments, gradient; inputs of layers; a layer at work; some logits.
     each = 4 * own.adapter + 2 * 4 * 128 * own.config.vocab_size
     width = own.config.n_layers * own.config.d_model + 6 * own.config.d_ff
@@ -88,7 +89,8 @@ def _lanes(own: Setting, count: int) -> programs.Memory:
     batch = Batch((made(text(own.tokens)), *[made(*usual)] * (many - 1)), cfg.inner, 0)
     tokens = visits.TOKENS["cpu" if own.on_cpu else "other"]
     call = lanes.largest_call(batch, count, tokens)
-    params, place = programs.weights(own.config, own.mesh), sharding.replicated(own.mesh)
+    params = programs.weights(own.config, own.mesh, own.layout, cfg.model.dtype)
+    place = sharding.replicated(own.mesh)
     remat = cfg.inner.remat == "layers" or (cfg.inner.remat == "auto" and not own.on_cpu)
     return programs.lanes_memory(params, cfg.lora, cfg.inner, call, remat=remat, place=place)
 

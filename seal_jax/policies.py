@@ -62,7 +62,7 @@ def export(run: str | Path, folder: Path, name: str | None = None) -> Path:
     cfg = runs.settings(home)
     rounds = range(cfg.outer.rounds)
     known = [f"control/round_{i}" for i in rounds] + [f"round_{i}" for i in rounds]
-    known = [x for x in known if files.exists(home / x / "policy")]
+    known = [x for x in known if state.is_saved(home / x / "policy")]
     if name is None:
         name = next((x for x in reversed(known) if x.startswith("round")), None)
     if name not in known:

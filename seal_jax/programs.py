@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
-from seal_jax import decoding, inner, lanes, lora, residents, sharding
+from seal_jax import decoding, inner, lanes, lora, readers, residents, sharding
 from seal_jax import params as params_lib
 from seal_jax import sft as sft_lib
 from seal_jax.config import Config, Inner, Lora
@@ -51,11 +51,17 @@ class TooBig(Exception):
         self.needed = needed
 
 
-def weights(config: ModelConfig, mesh: Mesh, layout: sharding.Layout = "fsdp") -> Any:
-    """Returns the weights as shapes with shardings."""
-    places = sharding.weights(config, mesh, layout)
-    cpu = mesh.devices.flat[0].platform == "cpu"  # as `checkpoint.load_model` chooses
-    return _placed(params_lib.shapes(config, jnp.float32 if cpu else jnp.bfloat16), places)
+def weights(
+    config: ModelConfig, mesh: Mesh, layout: sharding.Layout = "fsdp", dtype: str = "auto"
+) -> Any:
+    """Returns the weights as shapes with shardings, of the type that `model.dtype` asks for."""
+    if dtype == "auto":  # as `checkpoint.load_model` chooses
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    shapes = params_lib.shapes(config, jnp.dtype(dtype))
+    if layout == "apart":  # as `readers.ready` lays them on one device
+        shapes = jax.eval_shape(functools.partial(readers.layers_apart, always=True), shapes)
+        return _placed(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
+    return _placed(shapes, sharding.weights(config, mesh, layout))
 
 
 def inner_loop(
@@ -77,7 +83,7 @@ def inner_loop(
     adapters = _stacked(lora.shapes(config, cfg.lora), candidates)
     with sharding.use(mesh):
         return inner.adapt_slots.lower(
-            weights(config, mesh),
+            weights(config, mesh, dtype=cfg.model.dtype),
             _placed(adapters, sharding.adapters(config, cfg.lora, mesh)),
             _placed(slots, inner.slot_shardings(slots, mesh)),
             settings=inner.loop_settings(cfg.inner),
@@ -139,11 +145,10 @@ def writing(
     parts = sharding.data_size(mesh)
     rows = max(1, sequences // (parts * cfg.sampling.n))
     return _generation(
-        config,
+        weights(config, mesh, layout, cfg.model.dtype),
         mesh,
         None,
         (parts, rows, prompt),
-        layout,
         samples=cfg.sampling.n,
         room=cfg.sampling.max_tokens,
         greedy=not cfg.sampling.temperature,
@@ -166,11 +171,10 @@ def answering(
     adapters = _stacked(lora.shapes(config, cfg.lora), candidates)
     adapters = _placed(adapters, sharding.adapters(config, cfg.lora, mesh))
     return _generation(
-        config,
+        weights(config, mesh, layout, cfg.model.dtype),
         mesh,
         adapters,
         (candidates, questions, prompt),
-        layout,
         samples=1,
         room=cfg.answers.max_tokens,
         greedy=True,
@@ -188,12 +192,13 @@ def finetuning(config: ModelConfig, cfg: Config, mesh: Mesh, tokens: int, steps:
     slots = sft_lib.one_candidate(slots, lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
     slots = _placed(slots, jax.tree.map(lambda _: sharding.replicated(mesh), slots))
     settings = {"settings": sft_lib.program(sft), "remat": True}
+    params = weights(config, mesh, dtype=cfg.model.dtype)
     with sharding.use(mesh):
         if sft.method == "full":
-            return sft_lib.fit_all.lower(weights(config, mesh), slots, **settings)
+            return sft_lib.fit_all.lower(params, slots, **settings)
         places = sharding.adapters(config, sft.lora, mesh, stacked=False)
         adapter = _placed(lora.shapes(config, sft.lora), places)
-        return sft_lib.fit_lora.lower(weights(config, mesh), adapter, slots, **settings)
+        return sft_lib.fit_lora.lower(params, adapter, slots, **settings)
 
 
 def compiled(lowered: Any) -> Any:
@@ -224,7 +229,7 @@ def memory(program: Any) -> Memory:
     )
 
 
-def _generation(config, mesh, adapters, shape, layout, **static) -> Any:
+def _generation(params, mesh, adapters, shape, **static) -> Any:
     over, whole = sharding.candidates(mesh), sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
@@ -242,7 +247,7 @@ def _generation(config, mesh, adapters, shape, layout, **static) -> Any:
     )
     with sharding.use(mesh):
         return decoding.run.lower(
-            weights(config, mesh, layout),
+            params,
             adapters,
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
             jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=over),

@@ -60,7 +60,9 @@ def ready(lm: LM, settings: config_lib.Mesh) -> LM:
     if lm.reader is not None:
         return lm
     if mesh is None:
-        if few_layers(lm.config) or _room_for_a_copy(lm.params):
+        size = sum(x.nbytes for x in jax.tree.leaves(lm.params))
+        device = lm.params.embed.addressable_shards[0].device
+        if takes_a_copy(lm.config, size, device, hardware.memory_of(lm.params.embed)):
             return lm._replace(reader=apart(lm.params))
         return lm
     itemsize = lm.params.embed.dtype.itemsize
@@ -70,15 +72,13 @@ def ready(lm: LM, settings: config_lib.Mesh) -> LM:
     return lm._replace(reader=sharding.place(lm.params, sharding.weights(lm.config, mesh, layout)))
 
 
-def _room_for_a_copy(params: Params) -> bool:
-    """Returns whether weights are on a GPU of which two copies leave half free.
+def takes_a_copy(config: ModelConfig, size: int, device: jax.Device, memory: int | None) -> bool:
+    """Returns whether a device holds weights of `size` bytes apart too: few layers, or room.
 
-    There a scan over stacked layers copies each before it multiplies; a TPU has no need to.
+    That is a GPU of which two copies leave half free. There a scan over stacked layers copies each
+    before it multiplies; a TPU has no need to.
     """
-    if params.embed.addressable_shards[0].device.platform != "gpu":
-        return False
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    return 2 * size <= (hardware.memory_of(params.embed) or 0) / 2
+    return few_layers(config) or (device.platform == "gpu" and 2 * size <= (memory or 0) / 2)
 
 
 def readable(lm: LM) -> Params:

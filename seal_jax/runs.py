@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from seal_jax import config as config_lib
 from seal_jax import files, multihost
@@ -57,18 +58,18 @@ def open_run(
       SealError: where the folder holds a run with other settings or contexts.
     """
     path = files.path(folder or Path("runs") / cfg.name)
-    digest = _digest(contexts) if contexts else None
+    digests = _digests(contexts) if contexts else {}
     if _fits(cfg, path):
-        known = None
-        with contextlib.suppress(ValueError, AttributeError):  # or it says nothing
-            known = json.loads(files.read(path / "environment.json") or b"{}").get("contexts")
-        if known and digest and known != digest:
+        known: Record = {}
+        with contextlib.suppress(ValueError, TypeError):  # or it says nothing
+            known = dict(json.loads(files.read(path / "environment.json") or b"{}"))
+        if any(known.get(name) not in (None, digest) for name, digest in digests.items()):
             raise SealError(
                 f"{path}: began with other contexts: what task {cfg.task.name!r} reads (task.path, "
                 "task.held_out) has changed"
             )
         return path
-    write_json(path / "environment.json", environment() | {"contexts": digest})
+    write_json(path / "environment.json", environment() | digests)
     write_text(path / "config.yaml", config_lib.dump(cfg))  # last: a folder with it is a run
     return path
 
@@ -92,10 +93,22 @@ def _fits(cfg: config_lib.Config, path: files.AnyPath) -> bool:
     return False
 
 
-def _digest(contexts: Sequence[Context]) -> str:
-    """Returns what names contexts by what they say and ask."""
+def _digests(contexts: Sequence[Context]) -> dict[str, str]:
+    """Returns what names contexts: by what they say and ask, and by what else their task has."""
     said = [[x.id, x.title, x.passage, [list(q) for q in x.questions]] for x in contexts]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    found = {"contexts": said, "context_data": [x.data for x in contexts]}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # data JSON has no form for
+        for name in tuple(found):
+            text = json.dumps(found[name], default=_plain, skipkeys=True)
+            found[name] = hashlib.sha256(text.encode()).hexdigest()
+    return {name: digest for name, digest in found.items() if isinstance(digest, str)}
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON can hold of a value, such as an ARC puzzle; of another kind its name."""
+    if dataclasses.is_dataclass(value):
+        return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    return value.tolist() if isinstance(value, np.ndarray) else type(value).__name__
 
 
 def settings(path: files.AnyPath) -> config_lib.Config:
@@ -266,9 +279,15 @@ class Metrics:
 
     def __init__(self, folder: Path, trackers: Sequence[str] = (), name: str = "run"):
         self._file = folder / "metrics.jsonl"
-        self._step = len(records(self._file))
+        rows = records(self._file)
+        self._step = len(rows)
+        self._stages = {row.get("stage") for row in rows}
         own = trackers if multihost.leads() else ()
         self._sinks = [_tracker(kind, folder, name) for kind in own]
+
+    def has(self, stage: str) -> bool:
+        """Returns whether a stage has a line already, as in a run that comes by again."""
+        return stage in self._stages
 
     def log(self, **scalars: float | int | str) -> None:
         """Appends one line of scalars."""
@@ -277,6 +296,7 @@ class Metrics:
         for sink in self._sinks:
             sink(self._step, numbers)
         self._step += 1
+        self._stages.add(scalars.get("stage"))
 
 
 def check_trackers(kinds: Sequence[str]) -> None:

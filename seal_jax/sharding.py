@@ -28,7 +28,7 @@ from seal_jax.lora import Adapter
 from seal_jax.params import ModelConfig, Params
 
 DATA, MODEL = "data", "model"
-Layout = Literal["fsdp", "tensor", "replicated"]
+Layout = Literal["fsdp", "tensor", "replicated", "apart"]  # the last on one device alone
 
 _WHOLE = {"nh": "n", "kh": "k"}  # split between heads, never within one
 _SPLIT = ("nh", "kh", "f", "v", "n", "k")  # dimensions that may lie on `model`

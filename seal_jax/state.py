@@ -4,6 +4,7 @@ Of several processes the first one reads and writes, so that no shared file syst
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,21 @@ from seal_jax import files, multihost, sharding
 from seal_jax.errors import SealError
 
 _NEWER = "state"  # where Orbax's newer interface puts a tree within its folder
+_LAST = "commit_success.txt"  # what it writes last, in a bucket, where nothing can be renamed
+
+
+def is_saved(folder: files.AnyPath) -> bool:
+    """Returns whether a folder holds a tree, whole: a folder of a bucket is there before it is."""
+    return files.exists(folder if isinstance(folder, Path) else folder / _LAST)
 
 
 def save_tree(folder: files.AnyPath, tree: Any) -> None:
-    """Writes a pytree of arrays; the folder appears when it is complete."""
+    """Writes a pytree of arrays; the folder appears when it is complete, in a bucket before."""
+    torn = not isinstance(folder, Path)  # what a kill left there may be written over
     if jax.process_count() == 1:
         try:
-            ocp.save(_absolute(folder), tree)
+            with _saving():
+                ocp.save(_absolute(folder), tree, overwrite=torn)
         except (ValueError, OSError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise SealError(f"{folder}: cannot be saved: {text[0]}") from error
@@ -33,10 +42,26 @@ def save_tree(folder: files.AnyPath, tree: Any) -> None:
     whole = jax.tree.map(lambda x: _to_leader(x), tree)
 
     def write() -> bytes:
-        _alone().save(_absolute(folder), whole)
+        _alone().save(_absolute(folder), whole, force=torn)
         return b""
 
     multihost.agree(write)
+
+
+@contextlib.contextmanager
+def _saving() -> Iterator[None]:
+    """Makes Orbax create folders first, and leave it to us to say what failed.
+
+    Its threads that wait for a folder which cannot be made keep a process from ending for minutes.
+    """
+    context, log = ocp.Context(), logging.getLogger("absl")
+    context.asynchronous.create_directories_asynchronously = False
+    before, log.disabled = log.disabled, True
+    try:
+        with context:
+            yield
+    finally:
+        log.disabled = before
 
 
 def _to_leader(x: jax.Array) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The chunk is the largest that fits: given what counts need, and by the compiler's own word."""
 
+import jax
 import toys
 
-from seal_jax import chunks, config, inner
+from seal_jax import chunks, config, inner, lanes, programs, sharding
 from seal_jax.batching import Batch
 
 CONFIG = toys.config("qwen2", n_layers=2)
@@ -68,6 +69,21 @@ def test_more_memory_takes_larger_chunks_up_to_all_candidates():
     assert small == 1
     found = [chosen(x) for x in (10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6)]
     assert found == sorted(found) and len(set(found)) > 2
+
+
+def test_on_a_mesh_the_compiler_is_asked_about_weights_of_their_own_type(monkeypatch):
+    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    asked = []
+
+    def lowered(architecture, cfg, *rest):
+        asked.append(programs.weights(architecture, mesh, dtype=cfg.model.dtype).embed.dtype)
+        raise programs.TooBig(None)
+
+    monkeypatch.setattr(programs, "inner_loop", lowered)
+    for dtype in ("float32", "bfloat16"):
+        own = chunks._Weights(CONFIG, dtype, mesh, False)
+        chunks._bytes(own, LORA, config.Inner(), lanes.largest_call(batch(4), 2))
+    assert asked == ["float32", "bfloat16"]
 
 
 def test_activations_are_kept_where_they_leave_room_for_half_as_many(monkeypatch):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +83,16 @@ def test_a_finished_run_comes_by_again_and_adds_nothing(whole):
     before = {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))}
     assert main(command(whole[0], *SMALL)[3:]) == 0
     assert {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))} == before
+
+
+def test_a_run_killed_between_a_record_and_its_line_of_scalars_logs_each_once(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    rows = runs.records(folder / "metrics.jsonl")
+    (folder / "eval" / "table.json").unlink()  # made after its line
+    runs.write_lines(folder / "metrics.jsonl", [x for x in rows if x["stage"] != "round_1"])
+    assert main(command(folder, *SMALL)[3:]) == 0
+    stages = sorted(row["stage"] for row in runs.records(folder / "metrics.jsonl"))
+    assert stages == sorted(row["stage"] for row in rows)
 
 
 def test_a_run_in_a_bucket_never_becomes_a_folder_here(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from seal_jax import config, files, runs
+from seal_jax import config, files, outer, runs, state
 from seal_jax.errors import SealError
 
 
@@ -45,6 +45,30 @@ def test_a_folder_of_a_bucket_is_copied_once_without_code(bucket):
     before = (copy / "config.json").stat().st_mtime_ns
     assert files.local_copy(folder, ("*.json",)) == copy
     assert (copy / "config.json").stat().st_mtime_ns == before
+
+
+def test_a_policy_that_a_kill_left_half_in_a_bucket_is_made_again(bucket, monkeypatch):
+    """There its folder is there before it is whole: nothing can be renamed."""
+    saved, kept = [], outer.Scored("a", 0, "prompt", "text", (1.0,))
+    monkeypatch.setattr(outer, "finetune", lambda *args: ({"a": 1}, [1.0, 0.5]))
+    monkeypatch.setattr(state.ocp, "save", lambda *args, **options: saved.append(options))
+    folder = files.path(f"{bucket}/round_0/policy")
+    for last in ("d/half", "commit_success.txt"):
+        files.write(folder / last, b"")
+        assert state.is_saved(folder) == (last != "d/half")
+        assert outer.train_policy(None, [kept], folder, None, config.Config())
+    assert saved == [{"overwrite": True}]
+
+
+@pytest.mark.parametrize("put", [files.write, files.append])
+def test_a_full_disk_is_told_of_with_the_file(put, tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        put(tmp_path / "edits.jsonl", b"{}")
+    assert caught.value.filename == str(tmp_path / "edits.jsonl")
 
 
 def test_the_machine_s_settings_change_no_run(tmp_path):

@@ -1,16 +1,19 @@
 """Choosing self-edits, finetuning on them, and keys that depend on their purpose alone."""
 
 import itertools
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import toys
 
 import seal_jax as seal
-from seal_jax import config, experiment, outer, runs, stats
+from seal_jax import config, experiment, outer, rewards, runs, stats, writing
 from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError
 from seal_jax.outer import Scored
+from seal_jax.tasks import Context, Grade
 
 
 def scored(context, index, *rewards, text="text"):
@@ -147,6 +150,36 @@ def test_self_edits_of_a_broken_model_are_recorded_as_json(tiny, tmp_path):
     outer.write_edits(broken, task, task.contexts[:1], 2, file, jax.random.key(0), cfg)
     assert "NaN" not in file.read_text()
     assert [row["logprob"] for row in runs.records(file)] == [None, None]
+
+
+@pytest.mark.parametrize("stage", ["write", "test"])
+def test_a_folder_that_is_deleted_meanwhile_is_an_error_not_a_reward_of_fewer_seeds(
+    stage, tmp_path, monkeypatch
+):
+    cfg, file = config.Config(sampling=config.Sampling(n=1, chunk=1)), tmp_path / "x" / "x.jsonl"
+    contexts = [Context(name) for name in "ab"]
+    edits = [SelfEdit(context, 0, "text") for context in contexts]
+
+    def write(lm, task, some, *args, **kwargs):
+        shutil.rmtree(file.parent, ignore_errors=True)
+        return [[writing.Written(edits[contexts.index(context)], 1, 0.0, True)] for context in some]
+
+    def evaluate(*args, **kwargs):
+        for at in range(2):
+            shutil.rmtree(file.parent, ignore_errors=True)
+            yield [rewards.Outcome(at, Grade(1.0, ()), [], 1, 1.0, 0.5, None)], rewards.Efficiency()
+
+    monkeypatch.setattr(outer.readers, "ready", lambda lm, mesh: lm)
+    monkeypatch.setattr(outer.sampling, "encode", lambda lm, prompt: [1])
+    monkeypatch.setattr(outer.writing, "write", write)
+    monkeypatch.setattr(outer.rewards, "evaluate", evaluate)
+    task, key = toys.task(), jax.random.key(0)
+    with pytest.raises(SealError, match="1 records have gone since they were written"):
+        if stage == "write":
+            outer.write_edits(None, task, contexts, 1, file, key, cfg)
+        else:
+            metrics = runs.Metrics(tmp_path)
+            outer.test_edits(None, task, edits, 1, file, key, cfg, metrics)
 
 
 def test_a_round_s_figures_are_of_self_edits_and_errors_over_contexts():

@@ -5,12 +5,25 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
 
 from seal_jax import __main__ as main
-from seal_jax import architecture, config, costs, hardware, lora, plan, plan_search, plan_text
+from seal_jax import (
+    architecture,
+    checkpoint,
+    config,
+    costs,
+    hardware,
+    lora,
+    plan,
+    plan_search,
+    plan_text,
+    readers,
+)
 from seal_jax import params as params_lib
 from seal_jax.errors import SealError
 from seal_jax.hardware import GIB
@@ -159,6 +172,39 @@ def test_no_more_is_assumed_than_the_settings_allow():
     usual, work = costs.workload(config.load_config(SEVEN)), costs.workload(short)
     assert usual == costs.Workload()
     assert (work.written, work.answer) == (128, 8)
+
+
+def test_weights_are_planned_of_the_type_that_the_settings_name():
+    for dtype, size in (("auto", 4), ("float32", 4), ("bfloat16", 2)):
+        cfg = config.load_config(None, [f"model.dtype={dtype}"])
+        made = plan.compile_all(plan.Request(cfg, stages=()), print)
+        lm = checkpoint.load_model(cfg.model)
+        assert made["held"]["weights"] == sum(x.nbytes for x in jax.tree.leaves(lm.params))
+        assert lm.params.embed.dtype.itemsize == size
+        # And beside them what is read of few layers.
+        reader = readers.ready(lm, cfg.mesh).reader
+        copy = sum(x.nbytes for x in jax.tree.leaves(reader))
+        assert made["held"]["weights laid out for generation"] == copy > 0
+
+
+def test_a_gpu_takes_a_copy_of_many_layers_where_two_leave_half_free():
+    """7B on 80 GB: what is planned for candidates is not what that copy takes."""
+    seven = architecture.find("Qwen/Qwen2.5-7B")
+    gpu, tpu = (types.SimpleNamespace(platform=name) for name in ("gpu", "tpu"))
+    assert readers.takes_a_copy(seven, 15 * GIB, gpu, 80 * GIB)
+    assert not readers.takes_a_copy(seven, 15 * GIB, gpu, 48 * GIB)
+    assert not readers.takes_a_copy(seven, 15 * GIB, gpu, None)
+    assert not readers.takes_a_copy(seven, 15 * GIB, tpu, 80 * GIB)
+
+
+def test_the_architecture_is_that_of_the_revision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "find", lambda *args, **kwargs: asked.append(args) or None)
+    monkeypatch.setattr(architecture, "read_config", lambda folder: 1 / 0)
+    cfg = config.load_config(None, ["model.path=some/model", "model.revision=v2"])
+    with pytest.raises(ZeroDivisionError):
+        plan.compile_all(plan.Request(cfg, stages=()), print)
+    assert asked == [("some/model", "v2")]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The run folder: records survive torn lines, folders of other runs are refused."""
 
+import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from seal_jax import config, runs
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Question
+from seal_jax.tasks.arc.tasks import ArcTask, Pair
 
 
 def test_records_come_back_as_written_in_order(tmp_path):
@@ -117,6 +120,33 @@ def test_a_run_does_not_go_on_with_other_contexts(tmp_path):
             pass
     with pytest.raises(SealError, match="began with other contexts"):
         with runs.opened(cfg, tmp_path / "run", [other]):
+            pass
+
+
+@pytest.mark.parametrize(
+    "data", [{"completions": ["a"]}, (ArcTask((), Pair(np.zeros((2, 2), int), None), "p"),)]
+)
+def test_a_run_does_not_go_on_where_only_the_data_of_its_contexts_changed(tmp_path, data):
+    """An ARC puzzle says and asks nothing by itself; nor do self-edits that came with a passage."""
+    cfg, odd = config.load_config(None), Context("b", data=object())
+    for _ in range(2):
+        with runs.opened(cfg, tmp_path / "run", [Context("a", data=data), odd]):
+            pass
+    other = copy.deepcopy(data)
+    if isinstance(other, dict):
+        other["completions"] = ["b"]
+    else:
+        other[0].test.input[1, 1] = 3
+    with pytest.raises(SealError, match="began with other contexts"):
+        with runs.opened(cfg, tmp_path / "run", [Context("a", data=other), odd]):
+            pass
+
+
+def test_data_that_json_has_no_form_for_keeps_no_run_from_beginning(tmp_path):
+    loop = []
+    loop.append(loop)
+    for _ in range(2):
+        with runs.opened(config.load_config(None), tmp_path / "run", [Context("a", data=loop)]):
             pass
 
 

@@ -1,5 +1,8 @@
 """A saved tree comes back number for number, and lies as the one that it takes the place of."""
 
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -40,3 +43,13 @@ def test_what_cannot_be_saved_is_a_sentence_and_leaves_no_folder(tmp_path):
     with pytest.raises(SealError, match="policy: cannot be saved"):
         state.save_tree(tmp_path / "file" / "policy", {"a": jnp.arange(3.0)})
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_where_nothing_can_be_saved_a_process_ends_at_once_with_one_sentence(tmp_path):
+    """Orbax's threads wait ten minutes for a folder that nobody makes, and print what they met."""
+    (tmp_path / "file").write_text("mine")
+    place = str(tmp_path / "file" / "policy")
+    code = f"from seal_jax import state; state.save_tree({place!r}, {{'a': 1.0}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "seal_jax.errors.SealError" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("Traceback") == 2  # of ours, and of what it comes from

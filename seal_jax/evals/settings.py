@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Sequence
 
 from seal_jax import (
-    files,
     held_out,
     multihost,
     outer,
@@ -112,7 +111,7 @@ def cpt(subject: Subject, cfg: Config) -> Found:
     before = engine.answer(lm, prompts, cfg)
     multihost.check()
     saved = home / "policy"
-    if files.exists(saved):
+    if state.is_saved(saved):
         trained = lm._replace(params=state.load_tree(saved, lm.params))
     else:
         progress.say(f"continued pretraining: {len(request.texts)} texts")

@@ -96,7 +96,7 @@ def _run(cfg: Config, setting: str, folder: str | Path) -> Study:
         home = path / "eval" / setting
         found = SETTINGS[setting](Subject(models, policy, task, contexts, home, metrics), cfg)
         study = Study(path, *found)
-        if not files.exists(home / "summary.json"):  # or a finished one would log it again
+        if not metrics.has(f"{setting}/summary"):
             means = {f"{setting}/{row.name}": row.estimate.mean for row in study.rows}
             metrics.log(stage=f"{setting}/summary", **means)
         runs.write_json(home / "summary.json", study.record())
