@@ -204,7 +204,8 @@ class OpenAI:
     retries: Count = 6
     timeout_s: Rate = 60.0
     max_calls: Count = 0
-    """Calls allowed before the run stops with an error; 0 is no limit."""
+    """Calls allowed, retries included, before the run stops with an error; each start of a command
+    counts anew. 0 is no limit."""
     cache: str = "~/.cache/seal_jax/judge"
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import config, judge_features, judge_trees
+from seal_jax import config, judge_features, judge_trees, multihost
 from seal_jax.errors import SealError
 
 Item = tuple[str, str, str]
@@ -42,6 +42,23 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
         return judge_model.Judge(generate)
     one = {"offline": offline, "exact": exact}[settings.judge]
     return lambda items: [one(*item) for item in items]
+
+
+def check(settings: config.Task) -> None:
+    """Raises SealError where the judge could not be asked: a run would notice after hours only.
+
+    Of several processes only the first one needs a key, or the judge's model.
+    """
+    if not multihost.leads():
+        return
+    if settings.judge == "openai":
+        from seal_jax import judge_openai
+
+        judge_openai.check(settings.openai)
+    if settings.judge == "model" and settings.judge_model:
+        from seal_jax import checkpoint
+
+        checkpoint.read_config(checkpoint.find(settings.judge_model))
 
 
 def exact(question: str, gold: str, answer: str) -> bool:
