@@ -155,7 +155,12 @@ def _commit() -> str | None:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    files.write(file, text.encode())
+    files.write(file, _bytes(text))
+
+
+def _bytes(text: str) -> bytes:
+    """Returns UTF-8; half of a surrogate pair, as texts by a model may hold, as JSON writes it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -253,7 +258,7 @@ def append(file: Path, rows: Iterable[Record]) -> None:
     """Appends records in one write, and waits until they are on disk."""
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     if lines:
-        files.append(file, "".join(lines).encode())
+        files.append(file, _bytes("".join(lines)))
 
 
 def write_lines(file: Path, rows: Iterable[Record]) -> None:

@@ -134,3 +134,13 @@ def test_a_record_that_json_has_not_is_refused(tmp_path, line):
     file.write_text(line + "\n")
     with pytest.raises(SealError, match="line 1: not valid JSON"):
         runs.records(file)
+
+
+def test_half_a_surrogate_pair_is_recorded_as_any_text(tmp_path):
+    """A model's JSON may hold it, and an error quote it."""
+    row = {"error": "unknown key '\ud800'", "text": "\\\ude00 é"}
+    runs.append(tmp_path / "rows.jsonl", [row])
+    runs.write_lines(tmp_path / "kept.jsonl", [row])
+    runs.write_json(tmp_path / "summary.json", row)
+    assert runs.records(tmp_path / "rows.jsonl") == runs.records(tmp_path / "kept.jsonl") == [row]
+    assert runs.read_json(tmp_path / "summary.json") == row
