@@ -71,6 +71,9 @@ def test_settings_are_frozen():
         ("sampling.top_p=1.5", ["sampling.top_p"]),
         ("inner=5", ["inner", "group of settings"]),
         ("inner.epochs", ["expected key=value"]),
+        ("inner.epochs=true", ["inner.epochs: True", "is neither number nor text"]),
+        ("inner.learning_rate=no", ["inner.learning_rate: False", "neither number"]),
+        ("task.path=on", ["task.path: True (as YAML reads yes, no, on"]),
         ("name=[", ["not YAML"]),
     ],
 )
@@ -86,6 +89,7 @@ def test_a_mistake_on_the_command_line_is_named(override, words):
         ("lora: {rnak: 3}", ["try.yaml", "lora.rnak", "did you mean 'lora.rank'"]),
         ("a: [\n", ["try.yaml", "line 2", "not valid YAML"]),
         ("- 1", ["try.yaml", "key: value"]),
+        ("outer: {sft: {epochs: yes}}", ["try.yaml: outer.sft.epochs: True"]),
         ("x: !!python/object/apply:os.system [true]", ["try.yaml", "not valid YAML"]),
     ],
 )
