@@ -27,6 +27,7 @@ from seal_jax import (
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
+from seal_jax.errors import SealError
 from seal_jax.sft import finetune
 from seal_jax.tasks import Context, Task
 
@@ -156,7 +157,7 @@ def test_edits(
 ) -> list[runs.Record]:
     """Returns a record for each self-edit and seed: its reward, answers, verdicts and losses."""
     lm = readers.ready(lm, cfg.mesh)
-    seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file, **_TESTED)}
+    seen = _tested(file, edits)
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:
         for seed in range(seeds):
@@ -184,6 +185,23 @@ def test_edits(
                     step_efficiency=round(total.active / max(total.executed, 1), 4),
                 )
     return runs.records(file)
+
+
+def _tested(file: Path, edits: Sequence[SelfEdit]) -> set[tuple[str, int, int]]:
+    """Returns the inner loops that a file has records of: context, index and seed.
+
+    Raises:
+      SealError: where one is of no self-edit that is tested here.
+    """
+    known = {(edit.context.id, edit.index) for edit in edits}
+    rows = runs.records(file, **_TESTED)
+    for number, row in enumerate(rows, 1):
+        if (row["context"], row["index"]) not in known:
+            raise SealError(
+                f"{file}, line {number}: self-edit {row['index']} of context {row['context']!r} "
+                "is none of this run's"
+            )
+    return {(row["context"], row["index"], row["seed"]) for row in rows}
 
 
 def _reward_record(edit: SelfEdit, seed: int, outcome: rewards.Outcome) -> runs.Record:
