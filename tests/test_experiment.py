@@ -306,3 +306,12 @@ def test_a_reference_without_a_self_edit_for_a_context_is_told():
     task = load_task("tiny-world")._replace(references={"some": lambda context: []})
     with pytest.raises(SealError, match="'some' gives no self-edit for"):
         held_out.reference_edits(task, "some", task.held_out[:1])
+
+
+def test_a_report_without_a_table_says_what_the_rounds_came_to():
+    """Counted as in the table, and with the names of their folders."""
+    one = stats.mean_se([0.25, 0.5]).record()
+    summary = {"base": one, "reward": one, "kept": 2}
+    made = experiment.Report(Path("run"), [summary] * 2, [])
+    line = "round 2 (round_1): base .375 (.125), self-edits .375 (.125), kept 2"
+    assert str(made).splitlines()[1] == line and repr(made) == str(made)
