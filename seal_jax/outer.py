@@ -160,6 +160,7 @@ def test_edits(
     seen = _tested(file, edits)
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:
+        advance(len(seen))
         for seed in range(seeds):
             done = lambda places, s=seed: seen.issuperset(
                 (edits[i].context.id, edits[i].index, s) for i in places
@@ -171,7 +172,7 @@ def test_edits(
                 fresh = [r for r in rows if (r["context"], r["index"], seed) not in seen]
                 runs.append(file, fresh)
                 multihost.check()
-                advance(len(rows))
+                advance(len(fresh))
                 count += len(rows)
                 total = rewards.Efficiency(*(a + b for a, b in zip(total, part, strict=True)))
             if count:

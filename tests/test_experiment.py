@@ -78,10 +78,12 @@ def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
     assert oracle["last_minus"] == difference.record()
 
 
-def test_a_finished_run_comes_by_again_and_adds_nothing(whole):
+def test_a_finished_run_comes_by_again_and_adds_nothing(whole, capsys):
     before = {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))}
     assert main(command(whole[0], *SMALL)[3:]) == 0
     assert {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))} == before
+    told = capsys.readouterr().err
+    assert "adapt and test (round_1/rewards): 18 of 18" in told and " 0 of " not in told
 
 
 def test_a_run_in_a_bucket_never_becomes_a_folder_here(tmp_path, monkeypatch, capsys):
