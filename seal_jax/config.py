@@ -235,7 +235,7 @@ class Task:
     path: str | None = None
     """Training contexts: a file in SEAL's or SQuAD's format, or a hub id."""
     held_out: str | None = None
-    """Held-out contexts; without it they are taken from the end of `path`'s order."""
+    """Held-out contexts; without it those that `size` leaves of `path`, none where it is 0."""
     order_seed: int | None = 42
     """Shuffle of the contexts, as the reference's `random.seed(42)`; null keeps file order."""
     style: Literal[
