@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from seal_jax import config as config_lib
 from seal_jax import files, multihost
@@ -57,18 +58,21 @@ def open_run(
       SealError: where the folder holds a run with other settings or contexts.
     """
     path = files.path(folder or Path("runs") / cfg.name)
-    digest = _digest(contexts) if contexts else None
+    digests = _digests(contexts) if contexts else {"contexts": None}
     if _fits(cfg, path):
-        known = None
+        known = {}
         with contextlib.suppress(ValueError, AttributeError):  # or it says nothing
-            known = json.loads(files.read(path / "environment.json") or b"{}").get("contexts")
-        if known and digest and known != digest:
+            found = json.loads(files.read(path / "environment.json") or b"{}")
+            known = {key: found.get(key) for key in digests}
+        if any(
+            known.get(key) and digest and known[key] != digest for key, digest in digests.items()
+        ):
             raise SealError(
                 f"{path}: began with other contexts: what task {cfg.task.name!r} reads (task.path, "
                 "task.held_out) has changed"
             )
         return path
-    write_json(path / "environment.json", environment() | {"contexts": digest})
+    write_json(path / "environment.json", environment() | digests)
     write_text(path / "config.yaml", config_lib.dump(cfg))  # last: a folder with it is a run
     return path
 
@@ -92,10 +96,21 @@ def _fits(cfg: config_lib.Config, path: files.AnyPath) -> bool:
     return False
 
 
-def _digest(contexts: Sequence[Context]) -> str:
-    """Returns what names contexts by what they say and ask."""
+def _digests(contexts: Sequence[Context]) -> dict[str, str | None]:
+    """Returns what names contexts by what they say and ask, and by the data that they come with."""
     said = [[x.id, x.title, x.passage, [list(q) for q in x.questions]] for x in contexts]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    data = None  # a task may keep there what cannot be written down
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        data = digest(json.dumps([x.data for x in contexts], default=_plain, skipkeys=True))
+    return {"contexts": digest(json.dumps(said)), "data": data}
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON can hold of a value."""
+    if dataclasses.is_dataclass(value):  # a puzzle
+        return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else type(value).__name__
 
 
 def settings(path: files.AnyPath) -> config_lib.Config:

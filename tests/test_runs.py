@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from seal_jax import config, runs
 from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Question
+from seal_jax.tasks.arc.tasks import ArcTask
 
 
 def test_records_come_back_as_written_in_order(tmp_path):
@@ -118,6 +120,27 @@ def test_a_run_does_not_go_on_with_other_contexts(tmp_path):
     with pytest.raises(SealError, match="began with other contexts"):
         with runs.opened(cfg, tmp_path / "run", [other]):
             pass
+
+
+def test_a_run_does_not_go_on_with_other_data_of_its_contexts(tmp_path):
+    """Puzzles, and self-edits that came with passages, are in `data`."""
+    cfg = config.load_config(None)
+    puzzle = lambda number: (ArcTask(((np.ones((2, 2)), np.full((2, 2), number)),), None, "a"),)
+    for i, (one, other) in enumerate([({"completions": ["x"]}, {}), (puzzle(1), puzzle(2))]):
+        folder = tmp_path / str(i)
+        for _ in range(2):
+            runs.open_run(cfg, folder, [Context("a", data=one)])
+        with pytest.raises(SealError, match="began with other contexts"):
+            runs.open_run(cfg, folder, [Context("a", data=other)])
+        before = runs.read_json(folder / "environment.json")
+        runs.write_json(folder / "environment.json", before | {"data": None})  # an earlier version
+        runs.open_run(cfg, folder, [Context("a", data=other)])
+    loop = []
+    loop.append(loop)
+    for odd in (loop, object(), {(1, 2): {3}}):
+        folder = tmp_path / type(odd).__name__
+        for _ in range(2):
+            runs.open_run(cfg, folder, [Context("a", data=odd)])
 
 
 @pytest.mark.parametrize("line", ['{"context": "a"}', '{"context": "a", "reward": null}'])
