@@ -38,7 +38,10 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
         from seal_jax import judge_model
 
         if generate is None:
-            raise SealError("task.judge=model: no model was given to judge with")
+            raise SealError(
+                "task.judge=model: no model was given to judge with, as "
+                "load_task(cfg.task, judge_model.replies_of(cfg)) does"
+            )
         return judge_model.Judge(generate)
     one = {"offline": offline, "exact": exact}[settings.judge]
     return lambda items: [one(*item) for item in items]

@@ -26,7 +26,8 @@ from seal_jax.tasks import Context
 Record = dict[str, Any]
 # Settings that change no record: a run may go on with others.
 _MACHINE = ("mesh", "distributed", "compiler", "trackers")
-_CHUNKS = ("inner.chunk", "sampling.chunk", "answers.chunk")
+_PACE = ("inner.chunk", "sampling.chunk", "answers.chunk")
+_CALLS = ("concurrency", "retries", "timeout_s", "max_calls", "cache", "key_variable")
 
 
 @contextlib.contextmanager
@@ -83,7 +84,8 @@ def _fits(cfg: config_lib.Config, path: files.AnyPath) -> bool:
     found = files.read(file)
     if found is not None:
         changed = _changed(config_lib.parse(found, str(file)), cfg)
-        own = lambda key: key.partition(".")[0] in _MACHINE or key in _CHUNKS
+        calls = [f"task.openai.{name}" for name in _CALLS]
+        own = lambda key: key.partition(".")[0] in _MACHINE or key in (*_PACE, *calls)
         changed = [key for key in changed if not own(key)]
         if changed:
             keys = ", ".join(changed)

@@ -77,10 +77,13 @@ def test_a_folder_that_was_not_begun_is_begun(tmp_path):
 
 def test_a_run_may_go_on_with_other_chunks_and_trackers(tmp_path):
     runs.open_run(config.load_config(None), tmp_path / "run")
-    for change in ("inner.chunk=3", "sampling.chunk=8", "answers.chunk=8", "trackers=[wandb]"):
+    changes = ["inner.chunk=3", "sampling.chunk=8", "answers.chunk=8", "trackers=[wandb]"]
+    changes += ["task.openai.max_calls=9", "task.openai.concurrency=2"]  # a budget was spent
+    for change in changes:
         runs.open_run(config.load_config(None, [change]), tmp_path / "run")
-    with pytest.raises(SealError, match="inner.epochs"):
-        runs.open_run(config.load_config(None, ["inner.epochs=3"]), tmp_path / "run")
+    for change in ("inner.epochs=3", "task.openai.model=other"):
+        with pytest.raises(SealError, match=change.partition("=")[0]):
+            runs.open_run(config.load_config(None, [change]), tmp_path / "run")
 
 
 def test_two_runs_are_not_at_work_in_one_folder(tmp_path):
