@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
     error: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Batch:
     """Candidates in the order of their self-edits; `slots.arrange` makes arrays of them."""
 
@@ -57,6 +57,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.candidates)
+
+    def __repr__(self) -> str:
+        texts = [text for candidate in self.candidates for text in candidate.texts]
+        tokens = sum(text.real for text in texts)
+        return f"Batch({len(self)} candidates: {len(texts)} texts of {tokens:,} tokens)"
 
 
 def identity(*parts: Any) -> int:

@@ -44,6 +44,12 @@ class LM(NamedTuple):
     source: Path | None = None
     reader: Params | None = None
 
+    def __repr__(self) -> str:
+        """Returns a line: to print the weights would fetch them all from the devices."""
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        kind = "no weights" if self.params is None else self.params.embed.dtype.name
+        return f"LM({self.source or 'of no folder'}: {count:,} parameters, {kind})"
+
 
 def load_model(
     model: config_lib.Model | str | Path,

@@ -204,7 +204,8 @@ class OpenAI:
     retries: Count = 6
     timeout_s: Rate = 60.0
     max_calls: Count = 0
-    """Calls allowed before the run stops with an error; 0 is no limit."""
+    """Calls allowed, retries included, before the run stops with an error; each start of a command
+    counts anew. 0 is no limit."""
     cache: str = "~/.cache/seal_jax/judge"
 
 
@@ -234,7 +235,7 @@ class Task:
     path: str | None = None
     """Training contexts: a file in SEAL's or SQuAD's format, or a hub id."""
     held_out: str | None = None
-    """Held-out contexts; without it they are taken from the end of `path`'s order."""
+    """Held-out contexts; without it those that `size` leaves of `path`, none where it is 0."""
     order_seed: int | None = 42
     """Shuffle of the contexts, as the reference's `random.seed(42)`; null keeps file order."""
     style: Literal[

@@ -110,6 +110,9 @@ def _check(tree: Any, group: type, origin: str, root: type, prefix: str = "") ->
         inner = _group(fields[key].type)
         if inner and value is not None:
             _check(value, inner, origin, root, f"{dotted}.")
+        elif isinstance(value, bool) and fields[key].type is not bool:
+            said = f"{value} (as YAML reads yes, no, on and off, too) is neither number nor text"
+            raise SealError(f"{origin}: {dotted}: {said}")
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

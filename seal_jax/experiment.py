@@ -1,7 +1,6 @@
 """A whole run: rounds of ReST-EM, the control, and the table on held-out contexts."""
 
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from seal_jax import (
     checkpoint,
     held_out,
+    judge,
     judge_model,
     multihost,
     outer,
@@ -41,7 +41,19 @@ class Report(NamedTuple):
     table: list[Row]
 
     def __str__(self) -> str:
-        return table_lib.text(self.table)
+        """Returns the table, or the rounds' figures where nothing was held out."""
+        if self.table:
+            return table_lib.text(self.table)
+        lines = []
+        for number, summary in enumerate(self.rounds):
+            reward, base = (stats.from_record(summary[name]) for name in ("reward", "base"))
+            lines.append(
+                f"round {number + 1} (round_{number}): base {stats.text(base)}, "
+                f"self-edits {stats.text(reward)}, kept {summary['kept']}"
+            )
+        return "\n".join(lines)
+
+    __repr__ = __str__  # what a notebook shows
 
 
 def run(cfg: Config, folder: str | Path | None = None) -> Report:
@@ -61,6 +73,7 @@ def run(cfg: Config, folder: str | Path | None = None) -> Report:
 def _run(cfg: Config, folder: str | Path | None) -> Report:
     task = load_task(cfg.task, judge_model.replies_of(cfg))
     check(cfg, task)
+    judge.check(cfg.task)
     checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
     mesh = sharding.make(cfg.mesh)
     runs.check_trackers(cfg.trackers)
@@ -266,16 +279,8 @@ def _by_context(scored: Sequence[outer.Scored]) -> dict[str, list[float]]:
 
 
 def print_report(report: Report) -> None:
-    """Prints the table, or the rounds' figures where nothing was held out; process 0 alone."""
-    if not multihost.leads():
-        return
-    if report.table:
-        print(table_lib.text(report.table))
-    else:
-        for number, summary in enumerate(report.rounds):
-            reward, base = (stats.from_record(summary[name]) for name in ("reward", "base"))
-            print(
-                f"round {number}: base {stats.text(base)}, "
-                f"self-edits {stats.text(reward)}, kept {summary['kept']}"
-            )
-    print(f"records: {report.folder}", file=sys.stderr)
+    """Prints the report; of several processes the first one."""
+    if multihost.leads():
+        if text := str(report):  # of no round and nothing held out there is none
+            print(text)
+        progress.say(f"records: {report.folder}")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import config, judge_features, judge_trees
+from seal_jax import config, judge_features, judge_trees, multihost
 from seal_jax.errors import SealError
 
 Item = tuple[str, str, str]
@@ -38,10 +38,30 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
         from seal_jax import judge_model
 
         if generate is None:
-            raise SealError("task.judge=model: no model was given to judge with")
+            raise SealError(
+                "task.judge=model: no model was given to judge with, as "
+                "load_task(cfg.task, judge_model.replies_of(cfg)) does"
+            )
         return judge_model.Judge(generate)
     one = {"offline": offline, "exact": exact}[settings.judge]
     return lambda items: [one(*item) for item in items]
+
+
+def check(settings: config.Task) -> None:
+    """Raises SealError where the judge could not be asked: a run would notice after hours only.
+
+    Of several processes only the first one needs a key, or the judge's model.
+    """
+    if not multihost.leads():
+        return
+    if settings.judge == "openai":
+        from seal_jax import judge_openai
+
+        judge_openai.check(settings.openai)
+    if settings.judge == "model" and settings.judge_model:
+        from seal_jax import checkpoint
+
+        checkpoint.read_config(checkpoint.find(settings.judge_model))
 
 
 def exact(question: str, gold: str, answer: str) -> bool:

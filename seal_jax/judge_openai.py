@@ -28,11 +28,12 @@ from seal_jax.tasks import grading
 LONGEST_WAIT_S = 120.0
 """Between two tries; an endpoint that asks for more is out of order for a run."""
 _RETRIED = (408, 409, 425, 429)
+_LONG = 8  # characters: a shorter key is a word, for an endpoint that needs none
 
 
 @dataclass
 class Budget:
-    """Requests sent so far, of the number allowed (0 is no limit); one for a whole run."""
+    """Requests sent so far, of the number allowed (0 is no limit); one for each judge."""
 
     allowed: int
     sent: int = 0
@@ -67,10 +68,12 @@ class Judge:
         self._asked: dict[str, asyncio.Task[bool]] = {}  # by prompt, while there is no verdict
         _judges.add(self)
         self._failure = "the judge was interrupted"
+        self._replies = grading.Replies("openai")
         self._loop: asyncio.AbstractEventLoop | None = None  # and with it:
         self._thread: threading.Thread | None = None
         self._slots: asyncio.Semaphore | None = None
         self._client: Any = None
+        self._leave: weakref.finalize | None = None
 
     def __call__(self, items: Sequence[grading.Item]) -> list[bool]:
         """Returns verdicts.
@@ -97,7 +100,7 @@ class Judge:
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
-            self._loop.close()
+            self._leave.detach()
             self._loop = None
 
     def _ask(self, items: Sequence[grading.Item]) -> list[bool]:
@@ -124,8 +127,11 @@ class Judge:
                 self._client = _client(self._settings)
                 self._slots = asyncio.Semaphore(self._settings.concurrency)
                 self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+                self._thread = threading.Thread(target=_serve, args=[self._loop], daemon=True)
                 self._thread.start()
+                # A task that is dropped takes its judge along, and that its thread and connections.
+                self._leave = weakref.finalize(self, _leave, self._loop, self._client)
+                self._leave.atexit = False
 
     async def _converse(self, prompts: list[str]) -> list[bool]:
         """Returns the verdict on each prompt; the first failure for good ends them all."""
@@ -157,10 +163,27 @@ class Judge:
     async def _one(self, text: str) -> bool:
         async with self._slots:
             reply = await _reply(self._client, text, self._settings, self._budget)
+        self._replies.count([reply])
         verdict = grading.parse_yes_no(reply)
-        content = {"prompt": text, "reply": reply, "verdict": verdict}
-        _remember(_entry(text, self._settings), content)
+        if not grading.is_odd(reply):  # what is no verdict is asked for again by the next run
+            content = {"prompt": text, "reply": reply, "verdict": verdict}
+            _remember(_entry(text, self._settings), content)
         return verdict
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
+def _leave(loop: asyncio.AbstractEventLoop, client: Any) -> None:
+    """Ends a loop that nobody can ask any more; waits for nothing, whatever thread this is."""
+
+    async def end() -> None:
+        await client.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
 
 
 _judges: weakref.WeakSet[Judge] = weakref.WeakSet()
@@ -178,17 +201,27 @@ def judge_many(items: Sequence[grading.Item], settings: config.OpenAI) -> list[b
         return judge(items)
 
 
+def check(settings: config.OpenAI) -> None:
+    """Raises SealError where the endpoint cannot be asked: no key, no client, no address."""
+    _client(settings)
+
+
 def _client(settings: config.OpenAI) -> Any:
     """Returns the client of the endpoint.
 
     Raises:
-      SealError: where it is not installed, or there is no key.
+      SealError: where it is not installed, or key or address cannot be.
     """
-    key = os.environ.get(settings.key_variable)
+    key = _key(settings)
     if not key:
         raise SealError(
             f"task.openai: the environment variable {settings.key_variable} holds no key "
             "(any text does for an endpoint that needs none)"
+        )
+    if not (key.isascii() and key.isprintable()):  # libraries would tell of it with the key
+        raise SealError(
+            f"task.openai: the environment variable {settings.key_variable} holds what is no key: "
+            "letters beyond ASCII, or several lines"
         )
     try:
         import openai
@@ -196,12 +229,29 @@ def _client(settings: config.OpenAI) -> Any:
         raise SealError(
             'task.judge=openai needs the client: pip install "seal_jax[openai]"'
         ) from error
-    return openai.AsyncOpenAI(
-        api_key=key,
-        base_url=settings.base_url,
-        timeout=settings.timeout_s or None,
-        max_retries=0,  # its own retries would escape the budget
-    )
+    try:
+        client = openai.AsyncOpenAI(
+            api_key=key,
+            base_url=settings.base_url,
+            timeout=settings.timeout_s or None,
+            max_retries=0,  # its own retries would escape the budget
+        )
+        if client.base_url.scheme not in ("http", "https") or not client.base_url.host:
+            raise ValueError("expected https://HOST/... or http://HOST/...")
+    except Exception as error:  # of the address: the client's library has kinds of its own
+        address = _endpoint(settings)
+        raise SealError(f"task.openai.base_url: {address!r}: {error}") from error
+    return client
+
+
+def _endpoint(settings: config.OpenAI) -> str | None:
+    """Returns the address, as the client chooses it; None is its own."""
+    return settings.base_url or os.environ.get("OPENAI_BASE_URL")
+
+
+def _key(settings: config.OpenAI) -> str:
+    """Returns the key; files of secrets tend to end with a newline."""
+    return os.environ.get(settings.key_variable, "").strip()
 
 
 async def _reply(client: Any, text: str, settings: config.OpenAI, budget: Budget) -> str:
@@ -212,30 +262,40 @@ async def _reply(client: Any, text: str, settings: config.OpenAI, budget: Budget
         budget.spend()
         asked_wait = None
         try:
-            response = await client.chat.completions.create(
-                model=settings.model,
-                messages=[{"role": "user", "content": text}],
-                temperature=0,
-            )
+            # The client's own limit is of the time between two bytes.
+            async with asyncio.timeout(settings.timeout_s or None):
+                response = await client.chat.completions.create(
+                    model=settings.model,
+                    messages=[{"role": "user", "content": text}],
+                    temperature=0,
+                )
             reply = _content(response)
             if reply:
                 return reply
-            problem = "the reply holds no text"
+            told = getattr(response, "error", None)  # some endpoints fail with status 200
+            problem = "the reply holds no text" + (f": {told}" if told else "")
         except openai.APIStatusError as error:
             problem = f"status {error.status_code}: {error.message}"
             transient = error.status_code in _RETRIED or error.status_code >= 500
             if not transient or error.code == "insufficient_quota":
-                raise SealError(f"judge {settings.model}: {problem}") from error
+                raise _failure(settings, problem) from None  # it may quote the key, too
             asked_wait = _retry_after(error.response.headers)
         except openai.APIConnectionError as error:  # timeouts and hang-ups
             problem = f"{error.message} ({error.__cause__ or 'no details'})"
+        except TimeoutError:
+            problem = f"timed out: no whole reply within {settings.timeout_s:g} s"
         except (openai.APIError, ValueError) as error:  # a body that is not what was promised
             problem = f"malformed response: {error}"
         if attempt < settings.retries:
             await asyncio.sleep(_pause(attempt, asked_wait, settings.model))
-    raise SealError(
-        f"judge {settings.model}: gave up after {settings.retries + 1} tries: {problem}"
-    )
+    raise _failure(settings, f"gave up after {settings.retries + 1} tries: {problem}")
+
+
+def _failure(settings: config.OpenAI, problem: str) -> SealError:
+    """Returns the error of a call; endpoints may quote the key, which is told nobody."""
+    key = _key(settings)
+    told = problem.replace(key, "[the key]") if len(key) >= _LONG else problem
+    return SealError(f"judge {settings.model}: {told}")
 
 
 def _content(response: Any) -> str:
@@ -273,8 +333,7 @@ def _retry_after(headers: Any) -> float | None:
 
 def _entry(text: str, settings: config.OpenAI) -> Path:
     """Returns the cache file of a prompt, named by the hash of all that decides the reply."""
-    endpoint = settings.base_url or os.environ.get("OPENAI_BASE_URL")  # as the client chooses
-    asked = json.dumps([endpoint, settings.model, text])
+    asked = json.dumps([_endpoint(settings), settings.model, text])
     name = hashlib.sha256(asked.encode()).hexdigest()
     return Path(settings.cache).expanduser() / name[:2] / f"{name}.json"
 

@@ -66,6 +66,7 @@ def teach(cfg: Config, passage: Path | None = None, out: Path | None = None) -> 
 def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     task = _task(cfg, passage)
     context = _context(task, passage)
+    judge.check(cfg.task)
     if out is not None and multihost.agree(lambda: b"full" if _full(out) else b""):
         raise SealError(f"{out}: already there and not empty")
     lm = checkpoint.load_model(cfg.model, mesh=sharding.make(cfg.mesh))

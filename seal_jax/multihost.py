@@ -147,7 +147,7 @@ def check() -> None:
     if jax.process_count() > 1:
         asked = int(np.max(multihost_utils.process_allgather(np.int32(asked))))
     if asked == signal.SIGINT:
-        raise Interrupted
+        raise Interrupted("records are saved and the same call goes on from here")
     if asked:
         raise Stopped(
             "stopped by SIGTERM; records are saved and the same command goes on from here"

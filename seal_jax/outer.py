@@ -158,9 +158,10 @@ def test_edits(
 ) -> list[runs.Record]:
     """Returns a record for each self-edit and seed: its reward, answers, verdicts and losses."""
     lm = readers.ready(lm, cfg.mesh)
-    seen = {(r["context"], r["index"], r["seed"]) for r in runs.records(file, **_TESTED)}
+    seen = _tested(file, edits)
     label = f"adapt and test ({file.parent.name}/{file.stem})"
     with progress.track(label, len(edits) * seeds) as advance:
+        advance(len(seen))
         for seed in range(seeds):
             done = lambda places, s=seed: seen.issuperset(
                 (edits[i].context.id, edits[i].index, s) for i in places
@@ -172,7 +173,7 @@ def test_edits(
                 fresh = [r for r in rows if (r["context"], r["index"], seed) not in seen]
                 runs.append(file, fresh)
                 multihost.check()
-                advance(len(rows))
+                advance(len(fresh))
                 count += len(rows)
                 total = rewards.Efficiency(*(a + b for a, b in zip(total, part, strict=True)))
             if count:
@@ -199,6 +200,23 @@ def _check_there(file: files.AnyPath, found: Container[tuple], wanted: Iterable[
             f"{file}: {len(gone)} records have gone since they were written: was the folder of the "
             "run deleted meanwhile?"
         )
+
+
+def _tested(file: Path, edits: Sequence[SelfEdit]) -> set[tuple[str, int, int]]:
+    """Returns the inner loops that a file has records of: context, index and seed.
+
+    Raises:
+      SealError: where one is of no self-edit that is tested here.
+    """
+    known = {(edit.context.id, edit.index) for edit in edits}
+    rows = runs.records(file, **_TESTED)
+    for number, row in enumerate(rows, 1):
+        if (row["context"], row["index"]) not in known:
+            raise SealError(
+                f"{file}, line {number}: self-edit {row['index']} of context {row['context']!r} "
+                "is none of this run's"
+            )
+    return {(row["context"], row["index"], row["seed"]) for row in rows}
 
 
 def _reward_record(edit: SelfEdit, seed: int, outcome: rewards.Outcome) -> runs.Record:

@@ -161,7 +161,8 @@ def _figure(
     from matplotlib.figure import Figure
 
     # Same records, same file.
-    with matplotlib.rc_context({"svg.hashsalt": "seal_jax", "svg.fonttype": "none"}):
+    style = {"svg.hashsalt": "seal_jax", "svg.fonttype": "none", "text.parse_math": False}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.subplots()
         plot(axes, data)

@@ -26,7 +26,8 @@ from seal_jax.tasks import Context
 Record = dict[str, Any]
 # Settings that change no record: a run may go on with others.
 _MACHINE = ("mesh", "distributed", "compiler", "trackers")
-_CHUNKS = ("inner.chunk", "sampling.chunk", "answers.chunk")
+_PACE = ("inner.chunk", "sampling.chunk", "answers.chunk")
+_CALLS = ("concurrency", "retries", "timeout_s", "max_calls", "cache", "key_variable")
 
 
 @contextlib.contextmanager
@@ -80,7 +81,8 @@ def _fits(cfg: config_lib.Config, path: files.AnyPath) -> bool:
     found = files.read(file)
     if found is not None:
         changed = _changed(config_lib.parse(found, str(file)), cfg)
-        own = lambda key: key.partition(".")[0] in _MACHINE or key in _CHUNKS
+        calls = [f"task.openai.{name}" for name in _CALLS]
+        own = lambda key: key.partition(".")[0] in _MACHINE or key in (*_PACE, *calls)
         changed = [key for key in changed if not own(key)]
         if changed:
             keys = ", ".join(changed)
@@ -96,19 +98,19 @@ def _fits(cfg: config_lib.Config, path: files.AnyPath) -> bool:
 def _digests(contexts: Sequence[Context]) -> dict[str, str]:
     """Returns what names contexts: by what they say and ask, and by what else their task has."""
     said = [[x.id, x.title, x.passage, [list(q) for q in x.questions]] for x in contexts]
-    found = {"contexts": said, "context_data": [x.data for x in contexts]}
-    with contextlib.suppress(ValueError, TypeError, RecursionError):  # data JSON has no form for
-        for name in tuple(found):
-            text = json.dumps(found[name], default=_plain, skipkeys=True)
-            found[name] = hashlib.sha256(text.encode()).hexdigest()
-    return {name: digest for name, digest in found.items() if isinstance(digest, str)}
+    text = lambda value: json.dumps(value, default=_plain, skipkeys=True)
+    digest = lambda value: hashlib.sha256(text(value).encode()).hexdigest()
+    found = {"contexts": digest(said)}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # or it has no form in JSON
+        found["context_data"] = digest([x.data for x in contexts])
+    return found
 
 
 def _plain(value: Any) -> Any:
     """Returns what JSON can hold of a value, such as an ARC puzzle; of another kind its name."""
     if dataclasses.is_dataclass(value):
         return {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
-    return value.tolist() if isinstance(value, np.ndarray) else type(value).__name__
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else type(value).__name__
 
 
 def settings(path: files.AnyPath) -> config_lib.Config:
@@ -168,7 +170,12 @@ def _commit() -> str | None:
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file that is there whole or not at all."""
-    files.write(file, text.encode())
+    files.write(file, _bytes(text))
+
+
+def _bytes(text: str) -> bytes:
+    """Returns UTF-8; half of a surrogate pair, as texts by a model may hold, as JSON writes it."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -266,7 +273,7 @@ def append(file: Path, rows: Iterable[Record]) -> None:
     """Appends records in one write, and waits until they are on disk."""
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
     if lines:
-        files.append(file, "".join(lines).encode())
+        files.append(file, _bytes("".join(lines)))
 
 
 def write_lines(file: Path, rows: Iterable[Record]) -> None:

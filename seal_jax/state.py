@@ -4,6 +4,7 @@ Of several processes the first one reads and writes, so that no shared file syst
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from seal_jax import files, multihost, sharding
 from seal_jax.errors import SealError
 
 _NEWER = "state"  # where Orbax's newer interface puts a tree within its folder
+_SUMS = "sums"  # what Orbax keeps for us beside a tree
 _LAST = "commit_success.txt"  # what it writes last, in a bucket, where nothing can be renamed
 
 
@@ -28,12 +30,16 @@ def is_saved(folder: files.AnyPath) -> bool:
 
 
 def save_tree(folder: files.AnyPath, tree: Any) -> None:
-    """Writes a pytree of arrays; the folder appears when it is complete, in a bucket before."""
+    """Writes a pytree of arrays, and sums of their bits.
+
+    The folder appears when it is complete, in a bucket before.
+    """
     torn = not isinstance(folder, Path)  # what a kill left there may be written over
+    about = {_SUMS: _sums(tree)}
     if jax.process_count() == 1:
         try:
             with _saving():
-                ocp.save(_absolute(folder), tree, overwrite=torn)
+                ocp.save(_absolute(folder), tree, overwrite=torn, custom_metadata=about)
         except (ValueError, OSError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise SealError(f"{folder}: cannot be saved: {text[0]}") from error
@@ -42,7 +48,7 @@ def save_tree(folder: files.AnyPath, tree: Any) -> None:
     whole = jax.tree.map(lambda x: _to_leader(x), tree)
 
     def write() -> bytes:
-        _alone().save(_absolute(folder), whole, force=torn)
+        _alone().save(_absolute(folder), whole, force=torn, custom_metadata=about)
         return b""
 
     multihost.agree(write)
@@ -101,16 +107,13 @@ def load_tree(folder: files.AnyPath, like: Any) -> Any:
     with _damage(folder):
         tree = ocp.load(_absolute(folder), jax.tree.map(_restored, abstract(like)))
     tree = jax.tree.map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, tree)
-    return _checked(tree, like, folder)
+    return _undamaged(_checked(tree, like, folder), folder)
 
 
 def check_tree(folder: files.AnyPath, like: Any) -> None:
     """Raises SealError where a folder holds no tree of these shapes; no array is read."""
 
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        name = lambda path: "/".join(str(getattr(k, "name", getattr(k, "key", k))) for k in path)
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {name(path): tuple(leaf.shape) for path, leaf in leaves}
+    shapes = lambda tree: {name: tuple(x.shape) for name, x in _named(tree).items()}
 
     def check() -> bytes:
         with _damage(folder):
@@ -122,6 +125,59 @@ def check_tree(folder: files.AnyPath, like: Any) -> None:
         return b""
 
     multihost.agree(check)
+
+
+def sums(folder: files.AnyPath) -> dict[str, list[Any]]:
+    """Returns what tells the tree of a folder from others: type and sum of the bits of each array.
+
+    No array is read. A folder of an earlier version has none.
+    """
+
+    def read() -> bytes:
+        with _damage(folder):
+            about = ocp.metadata(_absolute(folder)).custom_metadata or {}
+        return json.dumps(about.get(_SUMS, {})).encode()
+
+    return json.loads(multihost.agree(read))
+
+
+def _sums(tree: Any) -> dict[str, list[Any]]:
+    found = _named(sharding.fetch(_sum_bits(tree)))
+    return {name: [str(x.dtype), int(found[name])] for name, x in _named(tree).items()}
+
+
+@jax.jit
+def _sum_bits(tree: Any) -> Any:
+    """Returns a sum of 32 bits of each array, the same however it lies on devices.
+
+    Of the bits as they are, two changed signs would leave the sum as it was.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # as MurmurHash mixes
+            bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return jax.tree.map(one, tree)
+
+
+def _undamaged(tree: Any, folder: files.AnyPath) -> Any:
+    """Returns a tree whose arrays are those that were saved, unless of another type than then."""
+    saved = sums(folder)
+    for name, (kind, own) in _sums(tree).items() if saved else ():
+        before, there = saved.get(name, (kind, own))
+        if before == kind and there != own:
+            raise SealError(f"{folder}: damaged: {name} is not what was saved")
+    return tree
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by name."""
+    name = lambda path: "/".join(str(getattr(k, "name", getattr(k, "key", k))) for k in path)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {name(path): leaf for path, leaf in leaves}
 
 
 def abstract(tree: Any) -> Any:
@@ -160,9 +216,10 @@ def _load_by_leader(folder: files.AnyPath, like: Any) -> Any:
 
     multihost.agree(load)
     found = read[0] if read else empty
-    return jax.tree.map(
+    tree = jax.tree.map(
         lambda x, own: sharding.place(multihost.broadcast(np.asarray(x)), own.sharding), found, like
     )
+    return _undamaged(tree, folder)
 
 
 @contextlib.contextmanager

@@ -140,3 +140,15 @@ def test_adapters_stay_float32_where_the_user_has_64_bits():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "{'float32'}", done.stderr
+
+
+def test_what_a_cell_of_a_notebook_ends_with_is_a_line(tiny):
+    """Weights, or all tokens of a batch, would fill the page."""
+    lm, task, cfg, _ = tiny
+    edits = [batching.SelfEdit(task.contexts[0], i, text) for i, text in enumerate(["a.", "b."])]
+    batch = seal.pack(task, edits, lm.tokenizer, cfg.inner)
+    tokens = sum(len(text.tokens) for candidate in batch.candidates for text in candidate.texts)
+    count = sum(x.size for x in jax.tree.leaves(lm.params))
+    assert repr(lm) == f"LM({lm.source}: {count:,} parameters, float32)"
+    assert repr(lm._replace(params=None)) == f"LM({lm.source}: 0 parameters, no weights)"
+    assert repr(batch) == f"Batch(2 candidates: 4 texts of {tokens} tokens)"

@@ -1,14 +1,18 @@
 """Settings: every file loads, and a mistake is named."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from seal_jax import config
+from seal_jax import config, experiment
 from seal_jax.errors import SealError
+from seal_jax.tasks.registry import load_task
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -23,6 +27,37 @@ def test_each_file_loads_opens_with_its_command_and_survives_a_round_trip(path, 
     copy.write_text(config.dump(cfg))
     assert config.load_config(copy) == cfg
     assert hash(cfg) == hash(config.load_config(path))
+
+
+def commands():
+    """Returns the runs that configurations, README and docs name: their words."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *CONFIGS]
+    found = []
+    for page in pages:
+        text = re.sub(r" \\\n#? *", " ", page.read_text())
+        named = re.findall(
+            r"(?:seal-jax|seal_jax) run (configs/\S+\.yaml)((?: [a-z_.]+=\S+)*)", text
+        )
+        found += [(page.name, path, words.rstrip("`").split()) for path, words in named]
+    return [each for each in found if not any("task.name=" in word for word in each[2])]
+
+
+@pytest.mark.parametrize(("page", "path", "words"), commands(), ids=str)
+def test_a_run_that_is_named_somewhere_begins(page, path, words, tmp_path, monkeypatch):
+    """With files of any content, as large as the reference's."""
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load_config(ROOT / path, words)
+    for name in filter(None, (cfg.task.path, cfg.task.held_out)):
+        asked = [{"question": "Who?", "answer": "Ida"}]
+        content = [{"title": name, "context": f"{i}", "questions": asked} for i in range(200)]
+        if cfg.task.name == "arc":
+            pair = {"input": [[1]], "output": [[2]]}
+            content = {f"{name}{i}": {"train": [pair] * 3, "test": [pair]} for i in range(12)}
+            held_out = name == cfg.task.held_out
+            solutions = cfg.task.arc.held_out_solutions if held_out else cfg.task.arc.solutions
+            Path(solutions).write_text(json.dumps({key: [[[2]]] for key in content}))
+        Path(name).write_text(json.dumps(content))
+    experiment.check(cfg, load_task(cfg.task))
 
 
 def test_the_paper_s_values_are_the_defaults():
@@ -71,6 +106,9 @@ def test_settings_are_frozen():
         ("sampling.top_p=1.5", ["sampling.top_p"]),
         ("inner=5", ["inner", "group of settings"]),
         ("inner.epochs", ["expected key=value"]),
+        ("inner.epochs=true", ["inner.epochs: True", "is neither number nor text"]),
+        ("inner.learning_rate=no", ["inner.learning_rate: False", "neither number"]),
+        ("task.path=on", ["task.path: True (as YAML reads yes, no, on"]),
         ("name=[", ["not YAML"]),
     ],
 )
@@ -86,6 +124,7 @@ def test_a_mistake_on_the_command_line_is_named(override, words):
         ("lora: {rnak: 3}", ["try.yaml", "lora.rnak", "did you mean 'lora.rank'"]),
         ("a: [\n", ["try.yaml", "line 2", "not valid YAML"]),
         ("- 1", ["try.yaml", "key: value"]),
+        ("outer: {sft: {epochs: yes}}", ["try.yaml: outer.sft.epochs: True"]),
         ("x: !!python/object/apply:os.system [true]", ["try.yaml", "not valid YAML"]),
     ],
 )

@@ -5,10 +5,10 @@ import shared_data
 
 from seal_jax import config
 from seal_jax.errors import SealError
-from seal_jax.evals import inner_loop, single_passage
+from seal_jax.evals import inner_loop, settings, single_passage
 from seal_jax.evals.inner_loop import Reply
 from seal_jax.formats import wire
-from seal_jax.tasks import grading, squad
+from seal_jax.tasks import Grade, grading, squad
 
 
 def all_right(items):
@@ -160,3 +160,23 @@ def test_a_reply_with_too_few_verdicts_is_refused():
         wire.read_reply(content | {"adapter_correct": []})
     with pytest.raises(SealError, match="no 'baseline_texts'"):
         wire.read_reply({})
+
+
+def test_a_task_may_ask_other_questions_than_its_passages_come_with():
+    """Two phrasings of each, say, and grade them together."""
+    context = toy(questions=2)
+    task = task_of([context], lambda items: [bool(answer.strip()) for _, _, answer in items])
+    both = lambda own: [q for q in task.questions(own) for _ in range(2)]
+    grade = lambda own, answers: Grade(1.0, tuple(answer == "yes" for answer in answers))
+    twice = task._replace(questions=both, grade=grade)
+    asked = inner_loop.asked(twice, [context])
+    answers = ["yes", "no", "no", "yes"]
+    assert inner_loop.verdicts(twice, asked, answers) == (True, False, False, True)
+    assert inner_loop.verdicts(twice, asked[3:], ["yes"]) == (True,)
+    voted = twice._replace(grade=lambda own, answers: Grade(1.0, (True,)))
+    with pytest.raises(SealError, match="grade returned 1 verdicts on 4 answers"):
+        inner_loop.verdicts(voted, asked, answers)
+    row = {"context": context.id, "answers": ["a", "b"], "verdicts": [0, 1]}
+    assert settings.one_each([context], [row])
+    assert not settings.one_each([context], [row | {"answers": answers}])
+    assert not settings.one_each([context], [row | {"verdicts": [1]}])

@@ -79,10 +79,12 @@ def test_a_run_leaves_a_complete_folder_and_ends_with_the_table(whole):
     assert oracle["last_minus"] == difference.record()
 
 
-def test_a_finished_run_comes_by_again_and_adds_nothing(whole):
+def test_a_finished_run_comes_by_again_and_adds_nothing(whole, capsys):
     before = {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))}
     assert main(command(whole[0], *SMALL)[3:]) == 0
     assert {path: path.read_bytes() for path in sorted(whole[0].rglob("*.jsonl"))} == before
+    told = capsys.readouterr().err
+    assert "adapt and test (round_1/rewards): 18 of 18" in told and " 0 of " not in told
 
 
 def test_a_run_killed_between_a_record_and_its_line_of_scalars_logs_each_once(whole, tmp_path):
@@ -317,3 +319,12 @@ def test_a_reference_without_a_self_edit_for_a_context_is_told():
     task = load_task("tiny-world")._replace(references={"some": lambda context: []})
     with pytest.raises(SealError, match="'some' gives no self-edit for"):
         held_out.reference_edits(task, "some", task.held_out[:1])
+
+
+def test_a_report_without_a_table_says_what_the_rounds_came_to():
+    """Counted as in the table, and with the names of their folders."""
+    one = stats.mean_se([0.25, 0.5]).record()
+    summary = {"base": one, "reward": one, "kept": 2}
+    made = experiment.Report(Path("run"), [summary] * 2, [])
+    line = "round 2 (round_1): base .375 (.125), self-edits .375 (.125), kept 2"
+    assert str(made).splitlines()[1] == line and repr(made) == str(made)

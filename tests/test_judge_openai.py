@@ -1,10 +1,13 @@
 """Laws of the judge behind an endpoint, against a real server on loopback that misbehaves."""
 
 import contextlib
+import gc
 import json
 import signal
+import socket
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,8 +15,9 @@ import pytest
 
 pytest.importorskip("openai")
 
-from seal_jax import config, judge, judge_openai, rewards  # noqa: E402
+from seal_jax import checkpoint, config, experiment, judge, judge_openai, lesson, rewards  # noqa: E402
 from seal_jax.errors import SealError  # noqa: E402
+from seal_jax.evals import study  # noqa: E402
 from seal_jax.tasks import Context, Question, squad  # noqa: E402
 
 ITEMS = [("Who?", f"gold {i}", f"answer {i}") for i in range(6)]
@@ -424,3 +428,108 @@ def test_pauses_double_and_follow_the_endpoint():
     assert judge_openai._retry_after({"retry-after": "soon"}) is None
     with pytest.raises(SealError, match="asks to wait 3600 s"):
         real_pause(0, 3600.0, "m")
+
+
+def test_an_odd_reply_counts_as_no_is_told_of_and_not_kept(serve, tmp_path):
+    server, settings = serve(lambda *_: reply("I cannot help with that."))
+    for asked in (1, 2):
+        with pytest.warns(UserWarning, match="task.judge=openai: 1 of 1 replies .*'I cannot help"):
+            assert judge_openai.judge_many(ITEMS[:1], settings) == [False]
+        assert len(server.requests) == asked and not list(tmp_path.rglob("*.json"))
+    many = [("Who?", "gold", f"answer {i}") for i in range(60)]
+    with pytest.warns(UserWarning), pytest.raises(SealError, match="this model cannot judge: 50"):
+        judge_openai.judge_many(many, settings)
+
+
+def test_what_an_endpoint_says_is_wrong_is_told_whatever_its_status(serve):
+    body = json.dumps({"error": {"message": "the provider is down"}})
+    _, settings = serve(lambda *_: (200, {}, body), retries=0)
+    with pytest.raises(SealError, match="the reply holds no text: .*the provider is down"):
+        judge_openai.judge_many(ITEMS[:1], settings)
+
+
+@pytest.mark.parametrize("key", ["secret-7\n", "secret-7\r\nX: y", "secret-7“"], ids=ascii)
+def test_a_key_is_told_nobody(serve, monkeypatch, key):
+    """Neither one that no header can hold, nor one that the endpoint quotes."""
+    monkeypatch.setenv("TEST_JUDGE_KEY", key)
+    quoting = lambda *_: (401, {}, json.dumps({"error": {"message": "bad: secret-7"}}))
+    server, settings = serve(quoting)
+    with pytest.raises(SealError) as caught:
+        judge_openai.judge_many(ITEMS[:1], settings)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "secret-7" not in told
+    if key.strip() == "secret-7":
+        assert "status 401: " in told and server.requests[0]["key"] == "Bearer secret-7"
+    else:
+        assert "TEST_JUDGE_KEY holds what is no key" in told and not server.requests
+
+
+@pytest.mark.parametrize("address", ["localhost:8000/v1", "http://[::1/v1", "http:///v1"])
+def test_an_address_that_is_none_is_named_at_once(serve, address):
+    _, settings = serve(even)
+    wrong = config.OpenAI(**dict(vars(settings), base_url=address, retries=6))
+    start = time.monotonic()
+    with pytest.raises(SealError, match="task.openai.base_url: '(localhost|http)"):
+        judge_openai.judge_many(ITEMS[:1], wrong)
+    assert time.monotonic() - start < 2
+
+
+def test_a_reply_that_comes_byte_by_byte_times_out(serve):
+    """Some gateways send blanks while the model behind them hangs."""
+    _, settings = serve(even)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+
+        def drip():
+            line = stack.enter_context(listener.accept()[0])
+            with contextlib.suppress(OSError):
+                line.sendall(head)
+                while True:
+                    line.sendall(b" ")
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        slow = config.OpenAI(**dict(vars(settings), base_url=url, timeout_s=0.5, retries=0))
+        start = time.monotonic()
+        with pytest.raises(SealError, match="gave up after 1 tries: timed out"):
+            judge_openai.judge_many(ITEMS[:1], slow)
+    assert time.monotonic() - start < 3
+
+
+def test_a_judge_that_is_dropped_leaves_no_thread_behind(serve):
+    """A notebook loads a task, and runs it, many times."""
+    before = set(threading.enumerate())
+    _, settings = serve(even)
+    ask = judge_openai.Judge(settings)
+    assert ask(ITEMS) == EVEN
+    own = ask._thread
+    assert own.is_alive() and own not in before
+    del ask
+    gc.collect()
+    own.join(5)
+    assert not own.is_alive()
+
+
+def study_of_single(cfg):
+    return study.run(cfg, "single")
+
+
+@pytest.mark.parametrize(
+    "start", [experiment.run, lesson.teach, study_of_single], ids=lambda x: x.__name__
+)
+def test_a_missing_key_is_named_before_any_model_is_loaded(start, monkeypatch, tmp_path):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    asked = [{"question": "Who?", "answer": "Ida"}]
+    entries = [{"title": "T", "context": f"{i}.", "questions": asked} for i in range(2)]
+    (tmp_path / "passages.json").write_text(json.dumps(entries))
+    words = ["model.path=tiny-world", "task.path=passages.json", "task.size=1", "outer.contexts=1"]
+    words += ["task.judge=openai", "task.openai.key_variable=NO_SUCH_KEY"]
+    monkeypatch.setattr(checkpoint, "load_model", None)
+    with pytest.raises(SealError, match="NO_SUCH_KEY holds no key"):
+        start(config.load_config(None, words))
+    nowhere = ["task.judge=model", "task.judge_model=./nowhere"]
+    with pytest.raises(SealError, match="./nowhere: no such folder"):
+        start(config.load_config(None, [*words[:4], *nowhere]))
+    assert [path.name for path in tmp_path.iterdir()] == ["passages.json"]

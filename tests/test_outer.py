@@ -202,3 +202,16 @@ def test_self_edits_are_gathered_without_the_blanks_around_them(tiny):
     _, task = tiny
     edits = [SelfEdit(task.contexts[0], 0, "\n One.\nTwo.\n\n")]
     assert [x.text for x in outer.gather(task, edits, [])] == ["One.\nTwo."]
+
+
+def test_a_record_of_no_self_edit_here_is_named(tiny, tmp_path):
+    lm, task = tiny
+    context = task.contexts[0].id
+    row = {"context": context, "index": 0, "seed": 0, "reward": 1.0}
+    for own in ({"context": "other"}, {"index": 7}):
+        runs.write_lines(tmp_path / "rewards.jsonl", [row, row | own])
+        with pytest.raises(SealError, match="rewards.jsonl, line 2: self-edit . of context"):
+            edits = [SelfEdit(task.contexts[0], 0, "text")]
+            outer.test_edits(
+                lm, task, edits, 1, tmp_path / "rewards.jsonl", None, config.Config(), None
+            )

@@ -144,3 +144,15 @@ def test_what_is_no_run_is_a_sentence_and_leaves_nothing(folder, tmp_path, capsy
     with pytest.raises(SealError, match="a record is not as runs write it"):
         report.write(folder, tmp_path / "other.html")
     assert not (tmp_path / "other.html").exists()
+
+
+def test_names_and_texts_of_any_kind_are_shown_as_they_are(folder):
+    """A reference may be called what matplotlib takes for mathematics; half a surrogate pair."""
+    name = f"cheap $\\frac{{$ {HOSTILE}"
+    table = runs.read_json(folder / "eval" / "table.json")
+    runs.write_json(folder / "eval" / "table.json", {name: table["base"], **table})
+    runs.append(folder / "round_1" / "rewards.jsonl", [reward("q", 4, 0.0, "no key '\ud800'")])
+    text = report.write(folder).read_text()
+    page = Page(text)
+    assert page.text.count(name) == 2  # in the table and the drawing
+    assert "no key '\\ud800'" in page.text and not {"script", "b"} & set(page.tags)

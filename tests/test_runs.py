@@ -78,10 +78,13 @@ def test_a_folder_that_was_not_begun_is_begun(tmp_path):
 
 def test_a_run_may_go_on_with_other_chunks_and_trackers(tmp_path):
     runs.open_run(config.load_config(None), tmp_path / "run")
-    for change in ("inner.chunk=3", "sampling.chunk=8", "answers.chunk=8", "trackers=[wandb]"):
+    changes = ["inner.chunk=3", "sampling.chunk=8", "answers.chunk=8", "trackers=[wandb]"]
+    changes += ["task.openai.max_calls=9", "task.openai.concurrency=2"]  # a budget was spent
+    for change in changes:
         runs.open_run(config.load_config(None, [change]), tmp_path / "run")
-    with pytest.raises(SealError, match="inner.epochs"):
-        runs.open_run(config.load_config(None, ["inner.epochs=3"]), tmp_path / "run")
+    for change in ("inner.epochs=3", "task.openai.model=other"):
+        with pytest.raises(SealError, match=change.partition("=")[0]):
+            runs.open_run(config.load_config(None, [change]), tmp_path / "run")
 
 
 def test_two_runs_are_not_at_work_in_one_folder(tmp_path):
@@ -140,14 +143,21 @@ def test_a_run_does_not_go_on_where_only_the_data_of_its_contexts_changed(tmp_pa
     with pytest.raises(SealError, match="began with other contexts"):
         with runs.opened(cfg, tmp_path / "run", [Context("a", data=other), odd]):
             pass
+    before = runs.read_json(tmp_path / "run" / "environment.json")
+    del before["context_data"]  # as an earlier version wrote it
+    runs.write_json(tmp_path / "run" / "environment.json", before)
+    with runs.opened(cfg, tmp_path / "run", [Context("a", data=other), odd]):
+        pass
 
 
 def test_data_that_json_has_no_form_for_keeps_no_run_from_beginning(tmp_path):
     loop = []
     loop.append(loop)
-    for _ in range(2):
-        with runs.opened(config.load_config(None), tmp_path / "run", [Context("a", data=loop)]):
-            pass
+    for odd in (loop, object(), {(1, 2): {3}}):
+        for _ in range(2):
+            folder = tmp_path / type(odd).__name__
+            with runs.opened(config.load_config(None), folder, [Context("a", data=odd)]):
+                pass
 
 
 @pytest.mark.parametrize("line", ['{"context": "a"}', '{"context": "a", "reward": null}'])
@@ -164,3 +174,13 @@ def test_a_record_that_json_has_not_is_refused(tmp_path, line):
     file.write_text(line + "\n")
     with pytest.raises(SealError, match="line 1: not valid JSON"):
         runs.records(file)
+
+
+def test_half_a_surrogate_pair_is_recorded_as_any_text(tmp_path):
+    """A model's JSON may hold it, and an error quote it."""
+    row = {"error": "unknown key '\ud800'", "text": "\\\ude00 é"}
+    runs.append(tmp_path / "rows.jsonl", [row])
+    runs.write_lines(tmp_path / "kept.jsonl", [row])
+    runs.write_json(tmp_path / "summary.json", row)
+    assert runs.records(tmp_path / "rows.jsonl") == runs.records(tmp_path / "kept.jsonl") == [row]
+    assert runs.read_json(tmp_path / "summary.json") == row

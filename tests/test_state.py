@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import toys
+from orbax.checkpoint import v1 as ocp
 
 from seal_jax import model, state
 from seal_jax.errors import SealError
@@ -49,7 +50,47 @@ def test_where_nothing_can_be_saved_a_process_ends_at_once_with_one_sentence(tmp
     """Orbax's threads wait ten minutes for a folder that nobody makes, and print what they met."""
     (tmp_path / "file").write_text("mine")
     place = str(tmp_path / "file" / "policy")
-    code = f"from seal_jax import state; state.save_tree({place!r}, {{'a': 1.0}})"
+    code = (
+        "import jax.numpy as jnp\nfrom seal_jax import state\n"
+        f"state.save_tree({place!r}, {{'a': jnp.ones(1)}})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "seal_jax.errors.SealError" in done.stderr.splitlines()[-1]
     assert done.stderr.count("Traceback") == 2  # of ours, and of what it comes from
+
+
+def test_no_changed_byte_of_an_array_goes_unnoticed(tmp_path):
+    folder = tmp_path / "policy"
+    tree = {"a": jax.random.normal(jax.random.key(0), (40, 50)), "b": jnp.ones(3, jnp.bfloat16)}
+    state.save_tree(folder, tree)
+    file = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda x: x.stat().st_size
+    )
+    whole = file.read_bytes()
+    assert len(whole) > 7000  # the numbers, which no packing makes fewer
+    for place in range(500, 7000, 500):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        with pytest.raises(SealError, match="policy: (damaged: a is not what|cannot be restored)"):
+            state.load_tree(folder, tree)
+    file.write_bytes(whole)
+    chex.assert_trees_all_equal(state.load_tree(folder, tree), tree)
+
+
+def test_trees_are_told_apart_by_their_sums(tmp_path):
+    tree = {"a": jax.random.normal(jax.random.key(0), (4, 6)), "b": jnp.ones(4, jnp.bfloat16)}
+    others = [{**tree, "a": -tree["a"]}, {**tree, "b": -tree["b"]}, {**tree, "a": tree["a"] * 2}]
+    for i, own in enumerate((tree, tree, *others)):
+        state.save_tree(tmp_path / str(i), own)
+    first, again, *rest = (state.sums(tmp_path / str(i)) for i in range(5))
+    assert first == again and set(first) == {"a", "b"}
+    assert all(first != other for other in rest)
+
+
+def test_a_tree_may_be_read_as_another_type_and_come_without_sums(tmp_path):
+    tree = {"a": jnp.arange(5.0, dtype=jnp.bfloat16)}
+    state.save_tree(tmp_path / "policy", tree)
+    wider = {"a": jnp.zeros(5)}
+    chex.assert_trees_all_equal(state.load_tree(tmp_path / "policy", wider), {"a": jnp.arange(5.0)})
+    ocp.save(tmp_path / "earlier", tree)
+    assert state.sums(tmp_path / "earlier") == {}
+    chex.assert_trees_all_equal(state.load_tree(tmp_path / "earlier", tree), tree)

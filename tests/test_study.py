@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,7 +214,9 @@ def test_a_folder_of_no_policy_or_of_another_model_s_is_refused_before_there_is_
     lm = checkpoint.load_model("tiny-grids")
     state.save_tree(tmp_path / "x" / "round_1" / "policy", lm.params)
     (tmp_path / "empty").mkdir()
-    for folder, words in (("empty", "cannot be restored"), ("x/round_1", "holds another model")):
+    checkpoint.save_hf(lm, tmp_path / "hf")
+    named = {"empty": "cannot be restored", "x/round_1": "another model", "hf": "name it as model"}
+    for folder, words in named.items():
         with pytest.raises(SealError, match=words):
             chosen = settings(f"evaluation.policy={tmp_path / folder}")
             study.run(chosen, "single", tmp_path / "run")
@@ -337,6 +340,12 @@ def test_on_a_mesh_the_figures_are_those_of_one_device(tmp_path):
         ("cpt", ["inner.pad_loss=true"], "inner.pad_loss"),
         ("continual", ["inner.max_steps=5"], "inner.max_steps"),
         ("cpt", ["task.name=tiny-grids"], "eval cpt: needs passages"),
+        ("continual", ["outer.adapt=base", "evaluation.policy=x"], "makes no use of it"),
+        (
+            "single",
+            ["outer.adapt=base", "evaluation.policy=x", "evaluation.self_edits=passage"],
+            "single of passage self-edits makes no use of it; set outer.adapt=policy",
+        ),
         ("twice", [], "'twice' is unknown"),
     ],
 )
@@ -355,3 +364,16 @@ def test_an_edit_that_diverges_is_an_error_not_a_model(epochs):
     with pytest.raises(SealError, match="diverged; lower inner.learning_rate"):
         made, name = inner_loop.documents(["a b c"]), batching.identity("x")
         engine.apply(lm, made, name, jax.random.key(0), cfg)
+
+
+def test_an_evaluation_does_not_go_on_with_what_has_become_another_policy(tmp_path):
+    lm = checkpoint.load_model("tiny-world")
+    few = ["evaluation.contexts=1", "inner.epochs=1", "evaluation.self_edits=passage"]
+    chosen = settings(*few, f"evaluation.policy={tmp_path / 'policy'}")
+    state.save_tree(tmp_path / "policy", lm.params)
+    made = study.run(chosen, "single", tmp_path / "run")
+    assert rows_of(study.run(chosen, "single", tmp_path / "run")) == rows_of(made)
+    shutil.rmtree(tmp_path / "policy")
+    state.save_tree(tmp_path / "policy", lm.params.replace(norm=-lm.params.norm))
+    with pytest.raises(SealError, match="single: began with another policy: .*policy"):
+        study.run(chosen, "single", tmp_path / "run")

@@ -118,11 +118,16 @@ def verdicts(
     rows: dict[str, list[str]] = {}
     contexts = {item.context.id: item.context for item in pairs}
     for item, answer in zip(pairs, answers, strict=True):
-        row = rows.setdefault(item.context.id, [""] * len(item.context.questions))
-        row[item.index] = answer
+        if item.context.id not in rows:
+            rows[item.context.id] = [""] * len(task.questions(item.context))
+        rows[item.context.id][item.index] = answer
     rowed = [(contexts[name], row) for name, row in rows.items()]
     graded = grades(rowed) if grades else [task.grade(*pair) for pair in rowed]
     made = {name: own.verdicts for name, own in zip(rows, graded, strict=True)}
+    for name, row in rows.items():
+        if len(made[name]) != len(row):
+            said = f"{len(made[name])} verdicts on {len(row)} answers"
+            raise SealError(f"{task.name}: grade returned {said} for {name!r}")
     return tuple(made[item.context.id][item.index] for item in pairs)
 
 

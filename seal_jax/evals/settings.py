@@ -46,7 +46,7 @@ def single(subject: Subject, cfg: Config) -> Found:
     key, file = outer.key_of(cfg, "inner", "held-out"), home / "rewards.jsonl"
     lm, seeds = models.load_adapted(policy), cfg.evaluation.seeds
     rows = outer.test_edits(lm, task, edits, seeds, file, key, cfg, metrics)
-    if any(context.questions for context in contexts):
+    if one_each(contexts, runs.records(home / "base.jsonl")):
         subject.write_result(_single_result(subject, edits, rows, cfg))
     kind = cfg.evaluation.self_edits
     rewards = held_out.mean_rewards(kind, edits, rows)
@@ -55,6 +55,16 @@ def single(subject: Subject, cfg: Config) -> Found:
         Row(f"{kind} self-edits", rewards, len(rows)),
     )
     return made, "contexts"
+
+
+def one_each(contexts: Sequence[Context], bare: Sequence[runs.Record]) -> bool:
+    """Returns whether each question of passages was asked once and has a verdict of its own.
+
+    A result file holds nothing else; a task may ask, and grade, in other ways.
+    """
+    found = {row["context"]: (row["answers"], row["verdicts"]) for row in bare}
+    counts = [{len(x.questions), *map(len, found[x.id])} for x in contexts]
+    return any(x.questions for x in contexts) and all(len(own) == 1 for own in counts)
 
 
 def _single_result(
@@ -151,7 +161,8 @@ def continual(subject: Subject, cfg: Config) -> Found:
     rng = random.Random(identity(cfg.seed, "continual"))
     chosen = [rng.sample(range(len(subject.contexts)), n) for _ in range(count)]
     given = None if cfg.evaluation.self_edits == "own" else subject.texts(1, cfg)
-    done = {row["sequence"] for row in runs.records(file)}
+    kinds = {"sequence": int, "matrix": list}
+    done = {row["sequence"] for row in runs.records(file, **kinds)}
     with progress.track("continual self-edits", count) as advance:
         for number, places in enumerate(chosen):
             if number not in done:

@@ -1,5 +1,6 @@
 """The paper's three settings on any model or policy, with records in a run folder."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from seal_jax import (
     checkpoint,
     files,
+    judge,
     judge_model,
     multihost,
     params,
@@ -62,6 +64,8 @@ class Study(NamedTuple):
         n = len(self.rows[0].rewards)
         return "\n".join([*lines, f"{n} {self.unit}; standard errors over {self.unit}."])
 
+    __repr__ = __str__  # what a notebook shows
+
 
 def run(cfg: Config, setting: str, folder: str | Path | None = None) -> Study:
     """Returns an evaluation, new or gone on with.
@@ -87,13 +91,15 @@ def _run(cfg: Config, setting: str, folder: str | Path) -> Study:
     task = load_task(cfg.task, judge_model.replies_of(cfg))
     contexts = _contexts(task, cfg)
     _check(task, contexts, setting, cfg)
+    judge.check(cfg.task)
     policy = _policy(cfg)
     mesh = sharding.make(cfg.mesh)
     runs.check_trackers(cfg.trackers)
     with runs.opened(cfg, folder, (*task.contexts, *task.held_out)) as path:
+        home = path / "eval" / setting
+        _check_policy(policy, home)
         models = policies.Policies(checkpoint.load_model(cfg.model, mesh=mesh), cfg.outer.adapt)
         metrics = runs.Metrics(path, cfg.trackers, cfg.name)
-        home = path / "eval" / setting
         found = SETTINGS[setting](Subject(models, policy, task, contexts, home, metrics), cfg)
         study = Study(path, *found)
         if not metrics.has(f"{setting}/summary"):
@@ -125,6 +131,12 @@ def _check(task: Task, contexts: Sequence[Context], setting: str, cfg: Config) -
         )
     if settings.self_edits == "file" and not inner_loop.has_candidates(contexts):
         raise SealError("evaluation.self_edits=file: none came with the contexts (`completions`)")
+    unused = setting == "continual" or settings.self_edits != "own"  # in what is tested
+    if settings.policy and cfg.outer.adapt == "base" and unused:
+        raise SealError(
+            f"evaluation.policy: with outer.adapt=base eval {setting} of {settings.self_edits} "
+            "self-edits makes no use of it; set outer.adapt=policy"
+        )
     if setting == "single":
         return
     if not any(context.questions for context in contexts):
@@ -147,10 +159,26 @@ def _policy(cfg: Config) -> policies.Saved:
     folder = folder / "policy" if files.exists(folder / "policy") else folder
     if not files.exists(folder):
         raise SealError(f"evaluation.policy: {folder}: no such folder")
+    if files.exists(folder / "config.json"):
+        raise SealError(f"evaluation.policy: {folder}: a model folder; name it as model.path")
     if files.exists(folder / "config.yaml"):
         raise SealError(f"evaluation.policy: {folder}: a run; name a round of it, as round_0")
     state.check_tree(folder, params.shapes(config))
     return folder
+
+
+def _check_policy(policy: policies.Saved, home: files.AnyPath) -> None:
+    """Raises SealError where an evaluation that goes on began with what another policy was then."""
+    if policy is None:
+        return
+    file, now = home / "policy_sums.json", json.dumps(state.sums(policy), indent=2).encode()
+    before = files.read(file)
+    if before is None:
+        files.write(file, now)
+    elif before != now:
+        raise SealError(
+            f"{home}: began with another policy: {policy} (evaluation.policy) has changed"
+        )
 
 
 def print_study(study: Study) -> None:

@@ -4,7 +4,10 @@ Used by judges that are models (an endpoint, or a loaded model); the offline jud
 """
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
+
+from seal_jax.errors import SealError
 
 Item = tuple[str, str, str]
 """Question, gold answer, answer."""
@@ -18,6 +21,7 @@ _INSTRUCTION = (
 )
 _YES = re.compile(r"\byes\b", re.IGNORECASE)
 _NO = re.compile(r"\bno\b", re.IGNORECASE)
+_ENOUGH = 50  # replies, before a judge is called none: a passage has a question or a few
 
 
 def prompt(question: str, gold: str, answer: str) -> str:
@@ -44,6 +48,41 @@ def topic(title: str, question: str) -> str:
 def parse_yes_no(text: str) -> bool:
     """Returns whether a grader's reply says yes: the word yes, and nowhere the word no."""
     return bool(_YES.search(text)) and not _NO.search(text)
+
+
+def is_odd(text: str) -> bool:
+    """Returns whether a grader's reply says neither yes nor no."""
+    return not _YES.search(text) and not _NO.search(text)
+
+
+class Replies:
+    """Counts a judge's replies, and the odd ones among them.
+
+    One that says neither yes nor no counts as no, as in the reference, and is warned of; a judge
+    most of whose replies are of that kind is none.
+
+    Args:
+      name: Of the judge, as in `task.judge`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._all = self._odd = 0
+
+    def count(self, texts: Sequence[str]) -> None:
+        """Counts replies, or raises SealError where more than half so far, of enough, are odd."""
+        odd = [text for text in texts if is_odd(text)]
+        before = self._odd
+        self._all += len(texts)
+        self._odd += len(odd)
+        if not odd:
+            return
+        told = f"{self._odd} of {self._all} replies say neither yes nor no, as {odd[0][:60]!r}"
+        if self._all >= _ENOUGH and 2 * self._odd > self._all:
+            raise SealError(f"task.judge={self._name}: this model cannot judge: {told}")
+        if self._odd.bit_length() > before.bit_length():  # not every time
+            said = f"task.judge={self._name}: {told}; they count as no"
+            warnings.warn(said, stacklevel=4)
 
 
 def verdicts(
