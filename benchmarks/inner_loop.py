@@ -156,7 +156,8 @@ def ours(params, batch: Batch, own: Lora, size: int, args) -> tuple[dict[str, An
         with machine.Compiling() as compiling:
             settings = chunks_lib.choose(params, batch, Config(lora=own))
             batch = Batch(batch.candidates, settings, batch.eos_id)
-            chunks = list(inner.arrange(params, batch, KEY))
+            # A program for every size, as in a long run; `inner.arrange` makes fewer for few steps.
+            chunks = list(lanes.arrange(batch, inner.chunk_size(settings), KEY))
             every = lambda: all_chunks(params, batch, chunks, own)
             found = machine.wait(every())
         if not args.no_cache:
