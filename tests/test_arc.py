@@ -17,7 +17,17 @@ from seal_jax import tasks as task_lib
 from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError, SelfEditError
 from seal_jax.tasks import Grade, arc
-from seal_jax.tasks.arc import augment, compact, edits, generate, grids, predict, tasks, voting
+from seal_jax.tasks.arc import (
+    augment,
+    baselines,
+    compact,
+    edits,
+    generate,
+    grids,
+    predict,
+    tasks,
+    voting,
+)
 from seal_jax.tasks.arc import submission as submissions
 from seal_jax.tasks.arc import task as task_module
 from seal_jax.tasks.registry import load_task
@@ -179,6 +189,40 @@ def test_submissions_are_read_back_and_bad_ones_refused(tmp_path):
     path.write_text('{"p": [{"attempt_1": [[10]], "attempt_2": [[0]]}]}')
     with pytest.raises(SealError, match=r"'p'\[0\].attempt_1"):
         submissions.read(path)
+    path.write_text('{"p": []}')
+    with pytest.raises(SealError, match="'p': expected a list with an entry"):
+        submissions.read(path)
+    bare = dataclasses.replace(puzzle(), test=puzzle().test._replace(output=None))
+    with pytest.raises(SealError, match="has no solution to score with"):
+        arc.score([bare], made)
+
+
+def test_a_grid_has_at_most_thirty_rows_and_columns():
+    for shape, fits in (((30, 30), True), ((31, 2), False), ((2, 31), False)):
+        grid = np.ones(shape, np.int8)
+        assert grids.fits(grid) == fits
+        assert (grids.parse_grid(grids.list_text(grid)) is not None) == fits
+
+
+def test_a_translation_may_go_as_far_as_the_largest_grid():
+    small, large = np.array([[1]], np.int8), np.arange(9, dtype=np.int8).reshape(3, 3)
+    task = tasks.ArcTask((tasks.Pair(small, large),), tasks.Pair(small, small), "p")
+    draws = (augment.translated(task, np.random.RandomState(seed)) for seed in range(40))
+    moved = {made.train[0].output.tobytes() for made in draws}
+    assert len(moved) == 9  # every shift of it
+
+
+def test_the_fixed_configuration_is_the_reference_s_but_for_the_tiny_model_s_rate():
+    for form, rate in (("llama", 1e-4), ("compact", 5e-3)):
+        edit = edits.parse_self_edit(baselines.fixed(form))
+        assert edit == edits.make(basic=True, learning_rate=rate, epochs=2)
+
+
+def test_the_size_of_the_task_parts_training_from_held_out_puzzles(tmp_path):
+    chosen = settings(tmp_path)
+    for size, parts in ((0, (["p", "q"], [])), (1, (["p"], ["q"]))):
+        made = load_task(dataclasses.replace(chosen, size=size))
+        assert tuple([x.id for x in some] for some in (made.contexts, made.held_out)) == parts
 
 
 @pytest.mark.parametrize(
@@ -194,6 +238,9 @@ def test_submissions_are_read_back_and_bad_ones_refused(tmp_path):
             '{"a": {"train": [{"input": [[1]], "output": null}], "test": []}}',
             r"train\[0\]: expected",
         ),
+        ('{"a": {"train": [], "test": [{"input": ["12"]}]}}', "list of rows of equal length"),
+        (json.dumps({"a": {"train": [], "test": [{"input": [[1] * 31]}]}}), "at most 30 rows"),
+        ('{"a": {"train": [3], "test": []}}', r"train\[0\]: expected"),
         ('{"a": {"train": [], "test": [{"input": [[1.0]]}]}}', "integers from 0 to 9"),
         ('{"a": {"train": [], "test": [{"input": [[true]]}]}}', "integers from 0 to 9"),
         ("[" * 100_000, "not valid JSON"),

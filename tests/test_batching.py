@@ -1,6 +1,7 @@
 """Laws of batching: every text is trained on as often as asked, whatever its company, unpadded."""
 
 import itertools
+import math
 import re
 
 import jax
@@ -151,6 +152,16 @@ def test_a_self_edit_that_cannot_be_applied_trains_nothing_and_says_why():
     found = all_visits(batch, 0)
     assert [len(found[i]) for i in range(3)] == [0, 0, 6]
     assert all_visits(toys.batch(["bad"]), 0) == {0: []}
+
+
+@pytest.mark.parametrize(
+    ("rate", "epochs"), [(-0.1, 1), (math.inf, 1), (math.nan, 1), (0.1, -1), (0.1, 1.5)]
+)
+def test_what_no_optimizer_can_do_trains_nothing_and_says_so(rate, epochs):
+    edit = Edit((Example("", "1 2"),), learning_rate=rate, epochs=epochs)
+    found = batching.candidate(edit, 3, toys.Numbers(), 1, Inner())
+    assert (found.texts, found.epochs, found.id) == ((), 0, 3)
+    assert found.error == f"asks for {epochs} epochs at a learning rate of {rate}"
 
 
 def test_a_document_ends_with_one_eos_and_a_prompt_is_not_trained_on():

@@ -265,6 +265,9 @@ def test_a_continual_summary_is_written_as_it_was_read(tmp_path):
     (tmp_path / "bad.json").write_text('{"mean_over_sequences": [[1, 2]]}')
     with pytest.raises(SealError, match="bad.json: 'mean_over_sequences' is not n . 1 rows"):
         continual.read(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text('{"mean_over_sequences": [[1], 2]}')
+    with pytest.raises(SealError, match="bad.json: 'mean_over_sequences' is not n . 1 rows"):
+        continual.read(tmp_path / "bad.json")
 
 
 # Results of many passages
@@ -281,4 +284,7 @@ def test_published_cpt_results_follow_from_their_verdicts(tmp_path):
     assert cpt.read(tmp_path / "cpt.json") == replayed[0]
     cpt.write(tmp_path / "bad.json", {"overall": {}, "server_reply": {"error": "boom"}})
     with pytest.raises(SealError, match="bad.json: server_reply: the inner loop failed: boom"):
+        cpt.read(tmp_path / "bad.json")
+    cpt.write(tmp_path / "bad.json", {"server_reply": replayed[0]["server_reply"]})
+    with pytest.raises(SealError, match="bad.json: no 'overall'"):
         cpt.read(tmp_path / "bad.json")

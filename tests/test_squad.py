@@ -60,6 +60,8 @@ def test_an_unknown_style_is_refused_by_name():
         squad.prompt("T", "P", "haiku")
     with pytest.raises(SealError, match="compact.*chat"):
         squad.prompt("T", "P", "compact", chat=True)
+    with pytest.raises(SealError, match="compact.*chat"):
+        squad.answer_prompt("T", "Q?", chat=True, style="compact")
 
 
 def test_answer_prompts_are_the_reference_s():
@@ -253,6 +255,10 @@ def test_ids_are_stable_and_unique_even_for_equal_passages(tmp_path):
         (
             json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "C"}]}]}),
             "article 0, paragraph 0: no 'qas'",
+        ),
+        (
+            json.dumps({"data": [{"title": "T", "paragraphs": [{"context": "C", "qas": ["Q?"]}]}]}),
+            "article 0, paragraph 0, question 0: expected an object",
         ),
     ],
 )
