@@ -1,6 +1,7 @@
 """Laws of the ARC task: ours where the reference is inconsistent, and the loops' interface."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -216,6 +217,22 @@ def test_the_fixed_configuration_is_the_reference_s_but_for_the_tiny_model_s_rat
     for form, rate in (("llama", 1e-4), ("compact", 5e-3)):
         edit = edits.parse_self_edit(baselines.fixed(form))
         assert edit == edits.make(basic=True, learning_rate=rate, epochs=2)
+
+
+def test_a_grid_of_configurations_has_every_choice_once_and_random_ones_reach_all():
+    losses = ("train_using_all_tokens", "train_using_output_tokens")
+    for form, rates in (("llama", (2e-4, 1e-4)), ("compact", (1e-2, 3e-3))):
+        wanted = itertools.product(losses, rates, ((False, 8), (False, 4), (True, 2), (True, 1)))
+        made = [edits.parse_self_edit(text) for text in baselines.grid(form)]
+        assert sorted(map(edits.text, made)) == sorted(
+            edits.text(edits.make(basic=basic, strategy=loss, learning_rate=rate, epochs=epochs))
+            for loss, rate, (basic, epochs) in wanted
+        )
+    drawn = [baselines.random(np.random.default_rng(seed)) for seed in range(400)]
+    assert {edit.training.num_train_epochs for edit in drawn} == set(range(1, 9))
+    assert len({edit.training.learning_rate for edit in drawn}) == 30
+    flags = np.array([list(edit.data_generation.model_dump().values()) for edit in drawn])
+    assert np.all(np.abs(flags.mean(0) - 0.5) < 0.1)  # 4 standard errors
 
 
 def test_the_size_of_the_task_parts_training_from_held_out_puzzles(tmp_path):
