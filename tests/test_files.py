@@ -1,6 +1,7 @@
 """A run's files in a bucket (one in memory stands for it) are used as those on a disk."""
 
 import fsspec
+import jax.numpy as jnp
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -50,14 +51,14 @@ def test_a_folder_of_a_bucket_is_copied_once_without_code(bucket):
 def test_a_policy_that_a_kill_left_half_in_a_bucket_is_made_again(bucket, monkeypatch):
     """There its folder is there before it is whole: nothing can be renamed."""
     saved, kept = [], outer.Scored("a", 0, "prompt", "text", (1.0,))
-    monkeypatch.setattr(outer, "finetune", lambda *args: ({"a": 1}, [1.0, 0.5]))
+    monkeypatch.setattr(outer, "finetune", lambda *args: ({"a": jnp.ones(1)}, [1.0, 0.5]))
     monkeypatch.setattr(state.ocp, "save", lambda *args, **options: saved.append(options))
     folder = files.path(f"{bucket}/round_0/policy")
     for last in ("d/half", "commit_success.txt"):
         files.write(folder / last, b"")
         assert state.is_saved(folder) == (last != "d/half")
         assert outer.train_policy(None, [kept], folder, None, config.Config())
-    assert saved == [{"overwrite": True}]
+    assert [options["overwrite"] for options in saved] == [True]
 
 
 @pytest.mark.parametrize("put", [files.write, files.append])
