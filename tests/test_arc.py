@@ -198,6 +198,14 @@ def test_submissions_are_read_back_and_bad_ones_refused(tmp_path):
         arc.score([bare], made)
 
 
+def test_a_solutions_file_with_another_number_of_grids_is_refused(tmp_path):
+    chosen = settings(tmp_path)
+    with open(chosen.arc.solutions, "w") as out:
+        json.dump({"p": [[[1]], [[2]]], "q": [[[1]], [[2]]]}, out)
+    with pytest.raises(SealError, match="'p': expected a list of 1 grids"):
+        load_task(chosen)
+
+
 def test_a_grid_has_at_most_thirty_rows_and_columns():
     for shape, fits in (((30, 30), True), ((31, 2), False), ((2, 31), False)):
         grid = np.ones(shape, np.int8)

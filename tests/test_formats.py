@@ -8,7 +8,7 @@ import shared_data
 
 from seal_jax import config
 from seal_jax.errors import SealError
-from seal_jax.formats import continual, cpt, files, results, sft, synthetic
+from seal_jax.formats import continual, cpt, files, results, sft, synthetic, wire
 from seal_jax.tasks import squad
 
 
@@ -288,3 +288,10 @@ def test_published_cpt_results_follow_from_their_verdicts(tmp_path):
     cpt.write(tmp_path / "bad.json", {"server_reply": replayed[0]["server_reply"]})
     with pytest.raises(SealError, match="bad.json: no 'overall'"):
         cpt.read(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize("key", ["end_mask_substring", "skip_training"])
+def test_a_request_for_what_training_does_not_do_is_refused(key):
+    assert wire.read_settings({key: None}) == wire.read_settings({})
+    with pytest.raises(SealError, match=f"{key}='x': not supported"):
+        wire.read_settings({key: "x"})
