@@ -128,13 +128,10 @@ def arrange(
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    sizes = [[visits.size_of(step) for step in own] for own in steps]
-    if price:  # of all chunks together, so that their number changes no size
-        epochs = [c.epochs for c in batch.candidates]
-        runs_in = visits.few(_counts(sizes, epochs), price)
-        sizes = [[runs_in.get(size, size) for size in own] for own in sizes]
     order = slots_lib.by_work(steps, total)
     shapes = shapes_of(batch, residents, tokens, packed)
+    # Of all chunks together, so that their number changes no size.
+    sizes = [] if shapes.packed else _sizes(steps, [c.epochs for c in batch.candidates], price)
     order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
     residents, chunk = shapes.residents, shapes.chunk
     for start in range(0, len(order), chunk):
@@ -161,9 +158,15 @@ def arrange(
         yield Chunk(index, lanes, useful, processed, executed)
 
 
-def _counts(sizes: Sequence[list[Size]], epochs: Sequence[int]) -> dict[Size, int]:
-    """Returns how many steps of each size are taken."""
+def _sizes(
+    steps: Sequence[list[Step]], epochs: Sequence[int], price: Price | None
+) -> list[list[Size]]:
+    """Returns the size that each step runs in; see `visits.few`."""
+    sizes = [[visits.size_of(step) for step in own] for own in steps]
+    if price is None:
+        return sizes
     counts: collections.Counter[Size] = collections.Counter()
     for own, times in zip(sizes, epochs, strict=True):
         counts.update({size: times * n for size, n in collections.Counter(own).items() if times})
-    return counts
+    runs_in = visits.few(counts, price)
+    return [[runs_in.get(size, size) for size in own] for own in sizes]
