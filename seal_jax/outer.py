@@ -24,6 +24,7 @@ from seal_jax import (
     stats,
     writing,
 )
+from seal_jax import rows as rows_lib
 from seal_jax.batching import SelfEdit, identity
 from seal_jax.checkpoint import LM
 from seal_jax.config import Config
@@ -115,7 +116,7 @@ def write_edits(
     """Returns n self-edits for each context, from the file's records or newly written to it."""
     lm = readers.ready(lm, cfg.mesh)
     seen = {(row["context"], row["index"]) for row in runs.records(file, **_EDIT)}
-    group = max(1, (cfg.sampling.chunk or 64) // n)
+    group = max(1, (cfg.sampling.chunk or rows_lib.usual(lm)) // n)
     longest = max(len(sampling.encode(lm, task.prompt(context))) for context in contexts)
     grammar = None if task.grammar is None else sampling.constrain(lm, task.grammar)
     with progress.track(f"write self-edits ({file.parent.name})", len(contexts) * n) as advance:

@@ -5,12 +5,21 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from seal_jax import attention, costs, hardware, multihost
+from seal_jax import attention, costs, hardware, multihost, sharding
 from seal_jax.checkpoint import LM
 from seal_jax.params import ModelConfig
 
 MOST = {"cpu": 64, "other": 256}
 _SHARE = 0.8  # of the memory that weights leave; what is counted below is not all
+
+
+def usual(lm: LM) -> int:
+    """Returns how many sequences pay, on all devices together, if memory takes them."""
+    return _most() * sharding.data_size(sharding.of(lm.params))
+
+
+def _most() -> int:
+    return MOST["cpu" if jax.default_backend() == "cpu" else "other"]
 
 
 def at_once(lm: LM, prompt: int, rooms: Sequence[int], samples: int, held: int = 0) -> int:
@@ -21,7 +30,7 @@ def at_once(lm: LM, prompt: int, rooms: Sequence[int], samples: int, held: int =
       rooms: Tokens of each sequence, program by program.
       held: Bytes on the device besides the weights.
     """
-    most = MOST["cpu" if jax.default_backend() == "cpu" else "other"]
+    most = _most()
     limit = hardware.memory_of(lm.params.embed)
     if jax.process_count() > 1:  # all decide alike
         limit = int(multihost.broadcast(np.int64(limit or 0))) or None

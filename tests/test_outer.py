@@ -10,6 +10,7 @@ import toys
 
 import seal_jax as seal
 from seal_jax import config, experiment, outer, rewards, runs, stats, writing
+from seal_jax import rows as rows_lib
 from seal_jax.batching import SelfEdit
 from seal_jax.errors import SealError
 from seal_jax.outer import Scored
@@ -150,6 +151,22 @@ def test_self_edits_of_a_broken_model_are_recorded_as_json(tiny, tmp_path):
     outer.write_edits(broken, task, task.contexts[:1], 2, file, jax.random.key(0), cfg)
     assert "NaN" not in file.read_text()
     assert [row["logprob"] for row in runs.records(file)] == [None, None]
+
+
+def test_as_many_self_edits_are_written_together_as_pay_on_the_device(tiny, tmp_path, monkeypatch):
+    lm, task = tiny
+    monkeypatch.setitem(rows_lib.MOST, "cpu", 6)
+    groups, write = [], writing.write
+    made = lambda lm, task, some, *rest, **kwargs: (
+        groups.append(len(some)) or write(lm, task, some, *rest, **kwargs)
+    )
+    monkeypatch.setattr(outer.writing, "write", made)
+    for chunk, expected in ((0, [3, 1]), (4, [2, 2])):
+        cfg = config.Config(sampling=config.Sampling(max_tokens=4, chunk=chunk))
+        groups.clear()
+        file = tmp_path / f"{chunk}.jsonl"
+        outer.write_edits(lm, task, task.contexts[:4], 2, file, jax.random.key(0), cfg)
+        assert groups == expected
 
 
 @pytest.mark.parametrize("stage", ["write", "test"])
