@@ -106,6 +106,8 @@ class Draws:
       greedy: Take the most likely token (static).
       nucleus: Draw within `top_p` (static).
       scored: Keep log-probabilities (static): a sum over the vocabulary for each token.
+      columns: The vocabulary lies over all devices (static), each of which makes its part of
+        everybody's logits.
     """
 
     ids_cb: jax.Array
@@ -118,6 +120,7 @@ class Draws:
     greedy: bool = struct.field(pytree_node=False)
     nucleus: bool = struct.field(pytree_node=False)
     scored: bool = struct.field(pytree_node=False)
+    columns: bool = struct.field(pytree_node=False, default=False)
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "room", "own_adapters", "keep"))
@@ -241,7 +244,7 @@ def _chosen(
     state: State, logits_cbqv: jax.Array, keys_cbq: jax.Array, draws: Draws, parts: int
 ) -> State:
     """Returns the state after one more token of each sequence; the head has so many parts."""
-    logits_cbqv = sharding.constrain_rows(logits_cbqv)  # each device sorts its own
+    logits_cbqv = sharding.constrain_rows(logits_cbqv, draws.columns)  # each chooses for its own
     offered_cbqv = logits_cbqv
     if draws.grammar is not None:
         offered_cbqv = jnp.where(draws.grammar.allowed(state.rule), logits_cbqv, -jnp.inf)

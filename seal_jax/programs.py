@@ -244,6 +244,7 @@ def _generation(params, mesh, adapters, shape, **static) -> Any:
         greedy=static.pop("greedy"),
         nucleus=static.pop("nucleus"),
         scored=static.pop("scored"),
+        columns=sharding.splits_vocabulary(params),
     )
     with sharding.use(mesh):
         return decoding.run.lower(

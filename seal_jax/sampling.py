@@ -105,6 +105,7 @@ def decode(
     results = [[[] for _ in rows] for rows in prompts]
     if own:
         prompts, adapters = _filled(prompts, adapters, mesh)
+    params = lm.params if lm.reader is None else lm.reader
     draws = decoding.Draws(
         ids_cb=None,
         key=jax.random.key(0) if key is None else key,
@@ -116,9 +117,9 @@ def decode(
         greedy=not temperature,
         nucleus=bool(temperature) and top_p < 1,
         scored=logprobs,
+        columns=sharding.splits_vocabulary(params),
     )
     draws = sharding.share(draws, mesh)
-    params = lm.params if lm.reader is None else lm.reader
     for tile in tiles.arrange(prompts, t, at_once, own, parts):
         tokens, lengths, names = sharding.share_out(tiles.arrays(tile, prompts, ids), mesh)
         with sharding.use(mesh):

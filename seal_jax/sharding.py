@@ -254,9 +254,25 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree)
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-    """Returns a traced array constrained to lie over `data` by its first axis."""
-    return x if current() is None else jax.lax.with_sharding_constraint(x, P(DATA))
+def constrain_rows(x: jax.Array, columns: bool = False) -> jax.Array:
+    """Returns a traced array constrained to lie over `data` by its first axis.
+
+    Args:
+      columns: It is made by columns, over all devices: else the compiler may rather move the matrix
+        that they are the products with.
+    """
+    if current() is None:
+        return x
+    if columns:
+        split = P(*[None] * (x.ndim - 1), (DATA, MODEL))
+        x = jax.lax.with_sharding_constraint(x, split)
+    return jax.lax.with_sharding_constraint(x, P(DATA))
+
+
+def splits_vocabulary(params: Params) -> bool:
+    """Returns whether the vocabulary lies over all devices, as in the layout `tensor`."""
+    place = getattr(params.embed, "sharding", None)
+    return isinstance(place, NamedSharding) and (DATA, MODEL) in tuple(place.spec)
 
 
 def pin(tree: Any, config: ModelConfig, *, stacked: bool = False) -> Any:

@@ -77,6 +77,9 @@ def test_a_7b_model_on_a_v5e_8(facts):
     resident = 2 * costs.matrix_numbers(architecture.find("Qwen/Qwen2.5-7B")) / facts["devices"]
     assert facts["layout"] == "tensor"
     assert facts["answer 32"]["peak"] + resident < allowed
+    # While it runs no weight moves: the head of 152,064 words was gathered for every token.
+    moved = [shape for line in facts["answer collectives"] for shape in shapes_moved(line)]
+    assert moved and not [shape for shape in moved if {3584, 152064} <= set(shape)]
 
 
 def test_one_chip_is_planned_by_the_calls_that_it_runs():

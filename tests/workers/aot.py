@@ -14,6 +14,10 @@ _COLLECTIVE = re.compile(
 )
 
 
+def collectives(hlo: str) -> list[str]:
+    return [line.strip() for line in hlo.splitlines() if _COLLECTIVE.search(line)]
+
+
 def main() -> None:
     wanted = hardware.slice_of("v5e-8")
     found = topologies.get_topology_desc(
@@ -30,7 +34,7 @@ def main() -> None:
         "kernels": hlo.count('custom_call_target="tpu_custom_call"'),
         "float64": "f64[" in hlo,
         "transfers": [word for word in ("infeed", "outfeed", "host-compute") if f" {word}(" in hlo],
-        "collectives": [line.strip() for line in hlo.splitlines() if _COLLECTIVE.search(line)],
+        "collectives": collectives(hlo),
     }
     request = plan.Request(cfg, "v5e-8", TOKENS, candidates=64, stages=("inner",))
     refused = plan.compile_all(request, lambda text: None)
@@ -43,6 +47,7 @@ def main() -> None:
     layout = sharding.decode_layout(model, cfg.mesh, mesh, 2, hardware.MEMORY["v5e"])
     program = programs.compiled(programs.answering(model, cfg, mesh, 32, 8, 64, layout))
     facts |= {"layout": layout, "answer 32": programs.memory(program)._asdict()}
+    facts["answer collectives"] = collectives(program.as_text())
     print(json.dumps(facts))
 
 
