@@ -17,7 +17,12 @@ from seal_jax.lora import Adapter
 from seal_jax.model import Cache
 from seal_jax.params import Params
 
-_CACHE_AXES = Cache(0, 0, 0, 0, 0, None)
+
+def _cache_axes(params: Params) -> Cache:
+    """Returns where c stands in a cache: behind the layers of a stack, which a scan takes apart.
+    Before them, all of it would be turned around at every step."""
+    c = 0 if readers.are_apart(params) else 1
+    return Cache(c, c, c, c, 0, None)
 
 
 def keep_top_p(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
@@ -147,7 +152,7 @@ def run(
     axis = 0 if own_adapters else None
     c, b, t = tokens_cbt.shape
     start = functools.partial(model.prefill, samples=samples, room=room)
-    start = sharding.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _CACHE_AXES))
+    start = sharding.vmap(start, in_axes=(None, axis, 0, 0), out_axes=(0, _cache_axes(params)))
     logits_cbv, cache = start(params, adapters, tokens_cbt, jnp.maximum(length_cb, 1))
     shape = (c, b, samples)
     logits = jnp.broadcast_to(logits_cbv[:, :, None], (*shape, logits_cbv.shape[-1]))
@@ -284,8 +289,9 @@ def _chosen(
 def _loop(params, adapters, state: State, draws: Draws, axis: int | None) -> State:
     """Returns the state once all sequences have ended, or the room or the limit is reached."""
     keys_cbq = _keys(draws, state.token.shape[-1])
+    cached = _cache_axes(params)
     step_on = sharding.vmap(
-        model.decode_step, in_axes=(None, axis, 0, _CACHE_AXES), out_axes=(0, _CACHE_AXES)
+        model.decode_step, in_axes=(None, axis, 0, cached), out_axes=(0, cached)
     )
     most = jnp.minimum(draws.limit, state.tokens.shape[-1])
     parts = _head_parts(params)

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,15 @@ def abstract(config, t: int, count: int, room: int):
     weights = params.shapes(config, jnp.float32)
     prompts = (shape((1, count, t), jnp.int32), shape((1, count), jnp.int32))
     return (weights, None, *prompts, draws), {"samples": 2, "room": room, "own_adapters": False}
+
+
+def test_no_step_copies_the_cache_of_a_model_of_many_layers():
+    config = toys.config("qwen2", n_layers=6, vocab_size=64)
+    arrays, static = abstract(config, 8, 4, 512)
+    hlo = decoding.run.lower(*arrays, **static).compile().as_text()
+    copied = [math.prod(map(int, x.split(","))) for x in re.findall(r"\[([\d,]+)\]\S* copy\(", hlo)]
+    cache = config.n_layers * 4 * static["samples"] * config.n_kv_heads * config.d_head * 512
+    assert copied and max(copied) < cache
 
 
 @pytest.mark.parametrize("t", [256, 1536])
