@@ -135,16 +135,18 @@ def chunk_size(settings: config_lib.Inner) -> int:
 
 
 def arrange(params: Params, batch: Batch, key: jax.Array) -> Iterator[slots_lib.Chunk]:
-    """Yields the chunks in which a batch is adapted: in lockstep on a mesh, else in lanes.
+    """Yields the chunks in which a batch is adapted: in lanes, but in lockstep where an adapter is
+    split over devices.
 
     Raises:
       SealError: for token ids that the model does not know.
     """
     batching.check_vocabulary(batch, params.config.vocab_size)
     mesh, size = sharding.of(params), chunk_size(batch.settings)
-    if mesh is None:
-        return lanes.arrange(batch, size, key, price=price(params.config))
-    return slots_lib.arrange(batch, size, key, sharding.data_size(mesh))
+    parts = sharding.data_size(mesh)
+    if sharding.splits_adapters(mesh):
+        return slots_lib.arrange(batch, size, key, parts)
+    return lanes.arrange(batch, size, key, price=price(params.config), parts=parts)
 
 
 def price(config: ModelConfig) -> Price:

@@ -1,10 +1,11 @@
-"""A batch for one device: many candidates at their own pace, some of them in each call.
+"""A batch in lanes: many candidates at their own pace, some of them in each call.
 
 `slots` runs a chunk in lockstep: every candidate waits for the longest text and the longest list.
 Here one call of a program (`residents`) takes one step each of some candidates that are resident;
 the host plans which (`visits`), and who moves in when another is done. Little is padded, and a
 program depends on the number of residents and the shape of the call alone: it is the same in every
-chunk, round and run, so that the cache of compiled programs has it.
+chunk, round and run, so that the cache of compiled programs has it. On a mesh each device has its
+own candidates, and all make the same calls, so that the frozen weights are gathered once for each.
 """
 
 import collections
@@ -35,8 +36,10 @@ class Lanes(NamedTuple):
       start: Who moves in before the first call.
       steps: Per candidate, the steps of an epoch.
       total_c: Steps each candidate takes.
-      residents: Candidates whose states are held at a time.
+      idle: Those who take none.
+      residents: Candidates whose states are held at a time, on each device.
       room: Losses to keep of each, the same for all chunks.
+      parts: Devices; an equal part of the candidates is on each.
     """
 
     start: tuple[Move, ...]
@@ -44,9 +47,11 @@ class Lanes(NamedTuple):
     steps: list[list[Step]]
     learning_rate_c: np.ndarray
     total_c: np.ndarray
+    idle: tuple[int, ...]
     residents: int
     room: int
     eos_id: int
+    parts: int = 1
 
 
 class Shapes(NamedTuple):
@@ -54,7 +59,7 @@ class Shapes(NamedTuple):
 
     Attributes:
       packed: Whether steps of several residents share a row.
-      chunk: Candidates of a chunk.
+      residents, chunk: Candidates held at a time and those of a chunk, on each device.
       room: Losses kept of each.
       calls: The shapes of calls (width, Size) that packing chooses from.
     """
@@ -66,17 +71,20 @@ class Shapes(NamedTuple):
     calls: list[tuple[int, Size]]
 
 
-def shapes_of(batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None) -> Shapes:
+def shapes_of(
+    batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None, parts: int = 1
+) -> Shapes:
     """Returns the shapes of a batch; the arguments are those of `arrange`."""
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
     most = 1 << max(len(steps) - 1, 0).bit_length()
-    residents = min(residents or len(steps), most)
+    residents = -(-min(residents or len(steps), most) // parts)
+    most = -(-most // parts)
     room = LOSSES
     while room < max(total, default=0):
         room *= 2
     packed = visits.most_tokens(tokens) > _ALIKE if packed is None else packed
-    packed = packed and residents > 1 and any(total)
+    packed = any(total) and (parts > 1 or (packed and residents > 1))
     calls = visits.shapes_for(steps, residents, tokens) if packed else []
     return Shapes(
         packed, residents, min(GROUP * residents, most) if packed else residents, room, calls
@@ -84,7 +92,8 @@ def shapes_of(batch: Batch, residents: int, tokens: int = 0, packed: bool | None
 
 
 class Call(NamedTuple):
-    """What a call's program depends on of a batch: `width` groups of `size`, the rest as Shapes."""
+    """What a call's program depends on of a batch: `width` groups of `size` on each device, the
+    rest as Shapes."""
 
     residents: int
     width: int
@@ -93,9 +102,11 @@ class Call(NamedTuple):
     room: int = 0
 
 
-def largest_call(batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None) -> Call:
+def largest_call(
+    batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None, parts: int = 1
+) -> Call:
     """Returns the call with the most tokens that `arrange` plans; the arguments are its own."""
-    shapes = shapes_of(batch, residents, tokens, packed)
+    shapes = shapes_of(batch, residents, tokens, packed, parts)
     if shapes.packed:
         width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
     else:
@@ -113,6 +124,7 @@ def arrange(
     tokens: int = 0,
     packed: bool | None = None,
     price: Price | None = None,
+    parts: int = 1,
 ) -> Iterator[Chunk]:
     """Yields chunks of candidates, similar in number of steps.
 
@@ -120,34 +132,38 @@ def arrange(
     they are those of `slots.arrange`.
 
     Args:
-      residents: Candidates whose states are held at a time; 0 takes all.
+      residents: Candidates whose states are held at a time, on all devices together; 0 takes all.
       key: Draws the order of steps in each epoch.
       tokens: Tokens in a call, about; 0 chooses by the device.
       packed: Whether steps of several candidates share a row; None chooses by the device.
       price: Where they do not: what a program must be worth; None: a program for every size.
+      parts: Devices; with several, calls are packed.
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
     order = slots_lib.by_work(steps, total)
-    shapes = shapes_of(batch, residents, tokens, packed)
+    shapes = shapes_of(batch, residents, tokens, packed, parts)
     # Of all chunks together, so that their number changes no size.
     sizes = [] if shapes.packed else _sizes(steps, [c.epochs for c in batch.candidates], price)
     order_of = functools.cache(lambda epochs, n: slots_lib.order(epochs, n, key)[1])
-    residents, chunk = shapes.residents, shapes.chunk
+    residents, chunk = shapes.residents, parts * shapes.chunk
     for start in range(0, len(order), chunk):
         group = order[start : start + chunk]
-        index = np.full(chunk, -1)
-        index[: len(group)] = group
-        queues = [order_of(batch.candidates[i].epochs, len(steps[i])) for i in group]
-        own = [steps[i] for i in group]
+        index = _dealt(group, total, shapes.chunk, parts)
+        places = np.flatnonzero(index >= 0)
+        rates, counts = np.zeros(chunk, np.float32), np.zeros(chunk, np.int32)
+        own: list[list[Step]] = [[] for _ in range(chunk)]
+        queues = [np.zeros(0, int)] * chunk
+        for at, i in zip(places, index[places], strict=True):
+            own[at], queues[at] = steps[i], order_of(batch.candidates[i].epochs, len(steps[i]))
+            rates[at], counts[at] = batch.candidates[i].learning_rate, total[i]
         if shapes.packed:
-            plan = visits.packed(own, queues, shapes.calls, residents)
+            plan = visits.packed(own, queues, shapes.calls, residents, parts)
         else:
             plan = visits.alike([sizes[i] for i in group], queues, tokens, residents)
-        rates, counts = np.zeros(chunk, np.float32), np.zeros(chunk, np.int32)
-        rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
-        counts[: len(group)] = [total[i] for i in group]
-        lanes = Lanes(*plan, own, rates, counts, residents, shapes.room, batch.eos_id)
+        idle = tuple(int(at) for at in places if not counts[at])
+        sizes_of = (residents, shapes.room, batch.eos_id, parts)
+        lanes = Lanes(*plan, own, rates, counts, idle, *sizes_of)
         useful = sum(
             batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
             for i in group
@@ -156,6 +172,18 @@ def arrange(
         # A place left empty in a row of many costs next to nothing; a row of its own costs all.
         executed = sum(len(v.lanes) if shapes.packed else v.width for v in plan.visits)
         yield Chunk(index, lanes, useful, processed, executed)
+
+
+def _dealt(group: Sequence[int], total: Sequence[int], share: int, parts: int) -> np.ndarray:
+    """Returns who stands at each place of a chunk (-1: nobody), `share` places on each device.
+
+    Each goes where fewest steps are as yet, so that no device waits long for another.
+    """
+    hands: list[list[int]] = [[] for _ in range(parts)]
+    for i in group:  # those with most steps come first
+        room = [hand for hand in hands if len(hand) < share]
+        min(room, key=lambda hand: sum(total[j] for j in hand)).append(i)
+    return np.array([(hand + [-1] * share)[:share] for hand in hands]).ravel()
 
 
 def _sizes(

@@ -1,6 +1,7 @@
-"""The inner loop on one device: resident candidates' states, and the programs that change them.
+"""The inner loop in lanes: resident candidates' states, and the programs that change them.
 
-`lanes` plans which calls take which steps; here they are made.
+`lanes` plans which calls take which steps; here they are made. On a mesh all arrays have a leading
+axis of devices: each keeps and changes the states of its own candidates, and no adapter moves.
 """
 
 import functools
@@ -13,7 +14,7 @@ import numpy as np
 from flax import struct
 
 from seal_jax import config as config_lib
-from seal_jax import lora, optim, readers, streams, visits
+from seal_jax import lora, optim, readers, sharding, streams, visits
 from seal_jax import slots as slots_lib
 from seal_jax.lanes import Lanes
 from seal_jax.lora import Adapter
@@ -47,18 +48,19 @@ class Work:
 
 
 def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Work:
-    """Returns the arrays of a call.
+    """Returns the arrays of a call, on a mesh with a leading axis of devices.
 
     Args:
       taken: Steps of each candidate before it.
       home: Where each candidate is resident.
     """
+    share = len(lanes.total_c) // lanes.parts
     _, _, t, places = rows_t = (visit.width, visit.size.rows, visit.size.t, visit.size.places)
     size, wp = rows_t[:3], (visit.width, places)
     tokens = np.full(size, lanes.eos_id, np.int32)
     weights, segments = np.zeros(size, np.int8), np.zeros(size, np.int32)
     place = np.full(size, -1, np.int8)
-    resident, candidate = np.full(wp, lanes.residents, np.int32), np.full(wp, len(lanes.total_c))
+    resident, candidate = np.full(wp, lanes.residents, np.int32), np.full(wp, share, np.int32)
     rates, steps, totals = np.zeros(wp, np.float32), np.zeros(wp, np.int32), np.zeros(wp, np.int32)
     used = np.zeros(visit.width, int)
     for i, j, at in visit.lanes:
@@ -72,10 +74,15 @@ def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Wo
             used[w] = end
         slots_lib.write(rows, tokens[span], weights[span], segments[span], 1 + p * t)
         place[span] = p
-        resident[w, p], candidate[w, p], steps[w, p] = home[i], i, taken[i]
+        resident[w, p], candidate[w, p], steps[w, p] = home[i], i % share, taken[i]
         rates[w, p], totals[w, p] = lanes.learning_rate_c[i], lanes.total_c[i]
-    candidate = candidate.astype(np.int32)
-    return Work(resident, candidate, steps, tokens, weights, segments, place, rates, totals)
+    work = Work(resident, candidate, steps, tokens, weights, segments, place, rates, totals)
+    return jax.tree.map(lambda x: _by_device(x, lanes.parts), work)
+
+
+def _by_device(x: np.ndarray, parts: int) -> np.ndarray:
+    """Returns an array with a leading axis of devices, where there are several."""
+    return x if parts == 1 else x.reshape(parts, -1, *x.shape[1:])
 
 
 @functools.partial(
@@ -104,7 +111,7 @@ def advance(
       predicted: See `optim.loss`.
     """
 
-    def one(adapters: Adapter, *texts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_group(adapters: Adapter, *texts: jax.Array) -> tuple[jax.Array, jax.Array]:
         def losses_of(adapters: Adapter) -> tuple[jax.Array, jax.Array]:
             losses_p = optim.losses(params, adapters, *texts, remat=remat, predicted=predicted)
             return jnp.sum(losses_p), losses_p  # of one candidate each
@@ -114,33 +121,42 @@ def advance(
         (_, losses_p), grads = jax.value_and_grad(losses_of, has_aux=True)(adapters)
         return losses_p, jax.vmap(lora.flat)(grads)
 
-    def update(k: jax.Array, state_c3ex: jax.Array) -> jax.Array:
-        """Takes the step of one candidate, in place."""
-        own = (work.resident_wp, work.step_wp, loss_wp, work.learning_rate_wp, work.total_wp)
-        at, taken, loss, peak, total = (x_wp.ravel()[k] for x_wp in own)
-        rate = lambda step: optim.learning_rate(
-            settings.schedule, step, peak, total, settings.warmup_steps
-        )
-        state, _ = optim.update(
-            optim.state(*_at(state_c3ex, at), taken),
-            loss,
-            _at(grads_kex, k),
-            rate,
-            clip=settings.clip,
-            weight_decay=settings.weight_decay,
-        )
-        new_3ex = jnp.stack([state.trained, state.moments.mu, state.moments.nu])
-        return _put(state_c3ex, at, new_3ex)
+    def gradients(own_wpex: jax.Array, work: Work) -> tuple[jax.Array, jax.Array]:
+        adapters = jax.vmap(jax.vmap(lambda numbers_ex: lora.unflat(numbers_ex, form)))(own_wpex)
+        sound_wp = jax.vmap(jax.vmap(optim.sound))(own_wpex)
+        texts = (work.tokens, work.weights, work.segments, work.place, sound_wp)
+        return jax.vmap(of_group)(adapters, *texts)
 
-    own_wpex = state_c3ex.at[work.resident_wp, 0].get(mode="clip")
-    adapters = jax.vmap(jax.vmap(lambda numbers_ex: lora.unflat(numbers_ex, form)))(own_wpex)
-    sound_wp = jax.vmap(jax.vmap(optim.sound))(own_wpex)
-    texts = (work.tokens, work.weights, work.segments, work.place, sound_wp)
-    loss_wp, grads_wpex = jax.vmap(one)(adapters, *texts)
-    # Joined once: fused with the three changes above, each number would be looked for in all.
-    grads_kex = jax.lax.optimization_barrier(grads_wpex).reshape(-1, *form.shape)
-    losses_ci = losses_ci.at[work.candidate_wp, work.step_wp].set(loss_wp, mode="drop")
-    return jax.lax.fori_loop(0, len(grads_kex), update, state_c3ex), losses_ci
+    def stepped(state_c3ex, losses_ci, work: Work, loss_wp, grads_wpex):
+        # Joined once: fused with the changes of three arrays, each number would be looked for in
+        # all of them.
+        grads_kex = jax.lax.optimization_barrier(grads_wpex).reshape(-1, *form.shape)
+
+        def update(k: jax.Array, state_c3ex: jax.Array) -> jax.Array:
+            """Takes the step of one candidate, in place."""
+            own = (work.resident_wp, work.step_wp, loss_wp, work.learning_rate_wp, work.total_wp)
+            at, taken, loss, peak, total = (x_wp.ravel()[k] for x_wp in own)
+            rate = lambda step: optim.learning_rate(
+                settings.schedule, step, peak, total, settings.warmup_steps
+            )
+            state, _ = optim.update(
+                optim.state(*_at(state_c3ex, at), taken),
+                loss,
+                _at(grads_kex, k),
+                rate,
+                clip=settings.clip,
+                weight_decay=settings.weight_decay,
+            )
+            new_3ex = jnp.stack([state.trained, state.moments.mu, state.moments.nu])
+            return _put(state_c3ex, at, new_3ex)
+
+        losses_ci = losses_ci.at[work.candidate_wp, work.step_wp].set(loss_wp, mode="drop")
+        return jax.lax.fori_loop(0, len(grads_kex), update, state_c3ex), losses_ci
+
+    read = lambda state_c3ex, at_wp: state_c3ex.at[at_wp, 0].get(mode="clip")
+    own_wpex = sharding.locally(read)(state_c3ex, work.resident_wp)
+    loss_wp, grads_wpex = sharding.each(gradients)(own_wpex, work)
+    return sharding.locally(stepped)(state_c3ex, losses_ci, work, loss_wp, grads_wpex)
 
 
 @functools.partial(
@@ -161,19 +177,22 @@ def move(
     Args:
       key: A fresh adapter depends on it and on its candidate's id.
       moves_m4: Resident, who leaves, where one enters (past the last: nobody), and its id.
-      count: How many of these count.
+      count: How many of these count, on every device.
     """
 
-    def one(k: jax.Array, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        state_c3ex, done_cex = arrays
-        resident, leaves, enters, name = moves_m4[k]
-        done_cex = _put(done_cex, leaves, _at(state_c3ex, resident)[0])
-        name = jax.lax.bitcast_convert_type(name, jnp.uint32)
-        fresh_ex = lora.flat(lora.init(config, settings, jax.random.fold_in(key, name)))
-        nothing = jnp.zeros_like(fresh_ex)
-        return _put(state_c3ex, enters, jnp.stack([fresh_ex, nothing, nothing])), done_cex
+    def moved(state_c3ex, done_cex, moves_m4, key: jax.Array, count: jax.Array):
+        def one(k: jax.Array, arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            state_c3ex, done_cex = arrays
+            resident, leaves, enters, name = moves_m4[k]
+            done_cex = _put(done_cex, leaves, _at(state_c3ex, resident)[0])
+            name = jax.lax.bitcast_convert_type(name, jnp.uint32)
+            fresh_ex = lora.flat(lora.init(config, settings, jax.random.fold_in(key, name)))
+            nothing = jnp.zeros_like(fresh_ex)
+            return _put(state_c3ex, enters, jnp.stack([fresh_ex, nothing, nothing])), done_cex
 
-    return jax.lax.fori_loop(0, count, one, (state_c3ex, done_cex))
+        return jax.lax.fori_loop(0, count, one, (state_c3ex, done_cex))
+
+    return sharding.locally(moved, whole=2)(state_c3ex, done_cex, moves_m4, key, count)
 
 
 def _at(array_c: jax.Array, at: jax.Array) -> jax.Array:
@@ -191,15 +210,29 @@ def _put(array_c: jax.Array, at: jax.Array, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(array_c, new, at, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty(residents: int, count: int, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros((residents, 3, *shape), jnp.float32), jnp.zeros((count, *shape), jnp.float32)
+@functools.partial(jax.jit, static_argnums=range(5))
+def _empty(
+    parts: int, residents: int, count: int, room: int, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns states, adapters that are done, and losses, before anybody has moved in."""
+    lead = (parts,) if parts > 1 else ()
+    shapes = ((residents, 3, *shape), (count, *shape), (count, room))
+    return tuple(sharding.constrain_rows(jnp.zeros((*lead, *x), jnp.float32)) for x in shapes)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def unflat(done_cex: jax.Array, form: lora.Form) -> Adapter:
     """Returns the adapters [c, ...] that lie flat."""
-    return jax.lax.map(lambda numbers_ex: lora.unflat(numbers_ex, form), done_cex)
+    apart = lambda done_cex: jax.lax.map(lambda own: lora.unflat(own, form), done_cex)
+    adapters = sharding.locally(apart)(done_cex)
+    return adapters if sharding.current() is None else _joined(adapters)
+
+
+@jax.jit
+def _joined(tree: Any) -> Any:
+    """Returns arrays [c, ...] of those with a leading axis of devices."""
+    flat = lambda x: sharding.constrain_rows(x.reshape(-1, *x.shape[2:]))
+    return jax.tree.map(flat, tree)
 
 
 def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
@@ -224,47 +257,60 @@ def run(
     Args:
       ids: Of all candidates; a fresh adapter depends on `key` and its candidate's id.
     """
-    if readers.few_layers(params.config) and not readers.are_apart(params):
+    mesh = sharding.of(params)
+    if mesh is None and readers.few_layers(params.config) and not readers.are_apart(params):
         params = readers.apart(params)  # of many layers nothing may be copied
+    with sharding.use(mesh):
+        return _run(params, lanes, ids, key, adapter, settings, remat, mesh)
+
+
+def _run(params, lanes: Lanes, ids, key, adapter, settings, remat: bool, mesh):
     form = lora.form_of(lora.shapes(params.config, adapter))
-    count = len(lanes.total_c)
-    sizes = (lanes.residents, count, form.shape)
-    state_c3ex, done_cex = _guarded(("empty", sizes), _empty, sizes)
-    losses_ci = jax.device_put(np.zeros((count, lanes.room), np.float32))
-    taken, home = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    key = sharding.share(key, mesh)
+    share = len(lanes.total_c) // lanes.parts
+    sizes = (lanes.parts, lanes.residents, share, lanes.room, form.shape)
+    state_c3ex, done_cex, losses_ci = _guarded(("empty", sizes, mesh), _empty, sizes)
+    taken, home = np.zeros(len(lanes.total_c), np.int32), np.zeros(len(lanes.total_c), np.int32)
 
     def moved(moves: Sequence[Move]) -> None:
         nonlocal state_c3ex, done_cex
         most = min(_MOVES, lanes.residents)
-        for part in (moves[at : at + most] for at in range(0, len(moves), most)):
-            rows = np.full((most, 4), (0, count, lanes.residents, 0), np.int64)
-            for row, (resident, leaves, enters) in zip(rows, part, strict=False):
-                row[0] = resident
-                if leaves >= 0:
-                    row[1] = leaves
-                if enters >= 0:
-                    row[2:] = resident, ids[enters]
-                    home[enters] = resident
-            numbers = (rows.astype(np.uint32).view(np.int32), np.int32(len(part)))
-            static = {"config": params.config, "settings": adapter}
-            call = functools.partial(move, **static)
-            name = ("move", rows.shape, sizes, form)
-            arrays = (state_c3ex, done_cex, key, *jax.device_put(numbers))
+        by_device: list[list[Move]] = [[] for _ in range(lanes.parts)]
+        for own in moves:
+            by_device[max(own.leaves, own.enters) // share].append(own)
+        longest = max(map(len, by_device))
+        for at in range(0, longest, most):
+            rows = np.full((lanes.parts, most, 4), (0, share, lanes.residents, 0), np.int64)
+            for device, own in enumerate(by_device):
+                for row, (resident, leaves, enters) in zip(
+                    rows[device], own[at : at + most], strict=False
+                ):
+                    row[0] = resident
+                    if leaves >= 0:
+                        row[1] = leaves % share
+                    if enters >= 0:
+                        row[2:] = resident, ids[enters]
+                        home[enters] = resident
+            numbers = _by_device(rows.astype(np.uint32).view(np.int32).reshape(-1, 4), lanes.parts)
+            numbers = sharding.share_out(numbers, mesh)
+            count = sharding.share(np.int32(min(most, longest - at)), mesh)
+            call = functools.partial(move, config=params.config, settings=adapter)
+            name = ("move", rows.shape, sizes, form, mesh)
+            arrays = (state_c3ex, done_cex, key, numbers, count)
             state_c3ex, done_cex = _guarded(name, call, arrays)
 
-    for i in np.flatnonzero(lanes.total_c == 0):  # an adapter that nobody trains
-        if i < len(lanes.steps):
-            moved([Move(0, -1, int(i))])
-            moved([Move(0, int(i), -1)])
+    for i in lanes.idle:  # an adapter that nobody trains
+        moved([Move(0, -1, i)])
+        moved([Move(0, i, -1)])
     moved(lanes.start)
     static = {"form": form, "settings": settings, "remat": remat}
     for visit in lanes.visits:
-        work = jax.device_put(_work(lanes, visit, taken, home))
+        work = sharding.share_out(_work(lanes, visit, taken, home), mesh)
         taken[[lane.candidate for lane in visit.lanes]] += 1
         call = functools.partial(advance, **static, predicted=visit.size.predicted)
-        shapes = (state_c3ex.shape, losses_ci.shape, visit.width, visit.size)
-        name = (shapes, *static.values(), params.config)
+        name = (sizes, visit.width, visit.size, *static.values(), params.config, mesh)
         state_c3ex, losses_ci = _guarded(name, call, (params, state_c3ex, losses_ci, work))
         moved(visit.moves)
     del state_c3ex
-    return _guarded(("unflat", count, form), unflat, (done_cex, form)), losses_ci
+    adapters = _guarded(("unflat", sizes, form, mesh), unflat, (done_cex, form))
+    return adapters, losses_ci if mesh is None else _joined(losses_ci)

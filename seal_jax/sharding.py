@@ -82,6 +82,11 @@ def data_size(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else mesh.shape[DATA]
 
 
+def splits_adapters(mesh: Mesh | AbstractMesh | None) -> bool:
+    """Returns whether an adapter lies on several devices."""
+    return mesh is not None and mesh.shape[MODEL] > 1
+
+
 vmap = functools.partial(jax.vmap, spmd_axis_name=DATA)
 
 
@@ -310,6 +315,39 @@ def constrain(x: jax.Array, letters: str, config: ModelConfig) -> jax.Array:
     size = mesh.shape[MODEL]
     parts = [_axis(letter, config, size) if size > 1 else None for letter in letters]
     return jax.lax.with_sharding_constraint(x, P(*parts))
+
+
+def locally(work: Callable[..., Any], whole: int = 0) -> Callable[..., Any]:
+    """Returns work that each device does on its own part of arrays [devices of `data`, ...].
+
+    The work sees its part without that axis; nothing in it is split, and nothing moves. Without a
+    mesh there is no such axis, and the work is returned as it is.
+
+    Args:
+      whole: Arguments, the last, that every device has whole.
+    """
+    if current() is None:
+        return work
+
+    def on_own(*arrays: Any) -> Any:
+        part = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        split = len(arrays) - whole
+        done = work(*map(part, arrays[:split]), *arrays[split:])
+        return jax.tree.map(lambda x: x[None], done)
+
+    def run(*arrays: Any) -> Any:
+        specs = (*[P(DATA)] * (len(arrays) - whole), *[P()] * whole)
+        return jax.shard_map(on_own, in_specs=specs, out_specs=P(DATA), check_vma=False)(*arrays)
+
+    return run
+
+
+def each(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns work for arrays [devices of `data`, ...] that shares weights split over devices.
+
+    Written for one, as for `locally`, but the compiler splits it, and gathers what it shares.
+    """
+    return work if current() is None else vmap(work)
 
 
 def per_device(

@@ -1,4 +1,4 @@
-"""The plan of the inner loop on one device: which steps of which candidates share a call.
+"""The plan of the inner loop in lanes: which steps of which candidates share a call.
 
 Two plans, made on the host. `alike`: a call takes steps alike in length, each in rows of its own;
 for few tokens at a time, as a CPU core is kept busy by. `packed`: a call has rows of one width, in
@@ -61,7 +61,8 @@ class Lane(NamedTuple):
 
 
 class Move(NamedTuple):
-    """At a resident's place, who is done (-1: nobody) makes room for the next (-1: for nobody)."""
+    """At a resident's place on its device, who is done (-1: nobody) makes room for the next (-1:
+    for nobody)."""
 
     resident: int
     leaves: int
@@ -191,6 +192,7 @@ def packed(
     queues: Sequence[np.ndarray],
     shapes: Sequence[tuple[int, Size]],
     residents: int,
+    parts: int = 1,
 ) -> Plan:
     """Returns the calls that take every candidate through its queue of steps, several in a row.
 
@@ -200,22 +202,34 @@ def packed(
 
     Args:
       shapes: As `shapes_for` returns them.
+      residents: On each device.
+      parts: Devices, which make each call together, every one with groups, residents and an equal
+        share of the candidates of its own.
     """
     sizes = [[(tokens_of(step), counted(step)) for step in own] for own in steps]
-    on = _Progress(queues, residents)
-    start, visits = tuple(on.start), []
-    while on.live:
-        waiting = [(i, *sizes[i][on.next(i)]) for i in on.first()]
+    share = -(-len(queues) // parts)
+    own = [range(k * share, (k + 1) * share) for k in range(parts)]
+    devices = [_Progress(queues, residents, some) for some in own]
+    start, visits = tuple(move for on in devices for move in on.start), []
+    while any(on.live for on in devices):
+        waiting = [[(i, *sizes[i][on.next(i)]) for i in on.first()] for on in devices]
         best = None
         for width, size in shapes:
-            placed, useful = _fill(waiting, width, size)
-            worth = useful / (width * size.t + _CALL)
-            if waiting[0][0] not in placed:  # or it would wait for ever
-                worth /= 2
-            if placed and (best is None or worth > best[0]):
+            filled = [_fill(own, width, size) for own in waiting]
+            worth = sum(useful for _, useful in filled) / (width * size.t + _CALL)
+            placed = [own for own, _ in filled]
+            if any(w and w[0][0] not in own for w, own in zip(waiting, placed, strict=True)):
+                worth /= 2  # or it would wait for ever
+            if any(placed) and (best is None or worth > best[0]):
                 best = (worth, placed, width, size)
         _, placed, width, size = best
-        visits.append(on.visit(list(placed), placed.values(), width, size))
+        lanes, moves = [], []
+        for k, (on, own) in enumerate(zip(devices, placed, strict=True)):
+            first = k * width * size.places
+            taken = on.visit(list(own), [first + at for at in own.values()], width, size)
+            lanes += taken.lanes
+            moves += taken.moves
+        visits.append(Visit(tuple(lanes), parts * width, size, tuple(moves)))
     return Plan(start, visits)
 
 
@@ -273,11 +287,14 @@ def shapes_for(steps: Sequence[list[Step]], residents: int, tokens: int = 0) -> 
 class _Progress:
     """How far every candidate is, who is resident, and who comes next."""
 
-    def __init__(self, queues: Sequence[np.ndarray], residents: int) -> None:
+    def __init__(
+        self, queues: Sequence[np.ndarray], residents: int, own: range | None = None
+    ) -> None:
+        """Of the candidates `own` (all by default)."""
         self.queues = queues
         self.at = [0] * len(queues)
         self.left = [len(queue) for queue in queues]
-        with_steps = [i for i, n in enumerate(self.left) if n]
+        with_steps = [i for i in (own or range(len(queues))) if i < len(queues) and self.left[i]]
         self.waiting = sorted(with_steps, key=lambda i: (self.left[i], -i))
         places = range(min(residents, len(with_steps)))
         self.start = [Move(k, -1, self.waiting.pop()) for k in places]
