@@ -62,11 +62,11 @@ def choose(
     apart = readers.are_apart(params)
     weights = _Weights(params.config, params.embed.dtype.name, mesh, apart)
     bytes_of = lambda own, n: _bytes(weights, cfg.lora, own, _call(batch, mesh, n))
-    if mesh is not None:
+    if sharding.splits_adapters(mesh):
         chunk = largest(functools.partial(bytes_of, settings), limit, tuple(counts))
         return _said(settings, chunk, limit)
     # A resident's state, and the adapters that are done, before and after they are laid out anew.
-    each = (3 + 3 * lanes.GROUP) * 4 * costs.adapter_numbers(params.config, cfg.lora)
+    each = (3 + 3 * lanes.GROUP) * 4 * costs.adapter_numbers(params.config, cfg.lora) / unit
     kept = dataclasses.replace(settings, remat="none")
     if settings.chunk:
         needed = bytes_of(kept, settings.chunk)
@@ -164,9 +164,9 @@ class _Weights(NamedTuple):
 
 
 def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> Call:
-    """Returns the largest call of a batch with `count` candidates resident; on a mesh, a step."""
-    if mesh is None:
-        return lanes.largest_call(batch, count)
+    """Returns the largest call of a batch with `count` candidates resident; in lockstep, a step."""
+    if not sharding.splits_adapters(mesh):
+        return lanes.largest_call(batch, count, parts=sharding.data_size(mesh))
     every = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     steps = [step for own in every for step in own]
     t = max(sum(len(text.tokens) for text in row) for step in steps for row in step)
@@ -180,15 +180,18 @@ def _bytes(
     """Returns the bytes on each device at the worst moment of a chunk's inner loops."""
     config = weights.config
     try:
-        if weights.mesh is not None:
-            model = config_lib.Model(dtype=weights.dtype)
+        model = config_lib.Model(dtype=weights.dtype)
+        if sharding.splits_adapters(weights.mesh):
             cfg = config_lib.Config(model=model, lora=adapter, inner=settings)
             size = (call.residents, call.size.t, call.size.rows)
             program = programs.inner_loop(config, cfg, weights.mesh, *size)
             return programs.memory(programs.compiled(program)).total
-        apart = functools.partial(readers.layers_apart, always=weights.apart)
-        params = jax.eval_shape(apart, params_lib.shapes(config, jnp.dtype(weights.dtype)))
-        remat = inner.recompute(settings)
-        return programs.lanes_memory(params, adapter, settings, call, remat=remat).total
+        if weights.mesh is not None:
+            params = programs.weights(config, weights.mesh, dtype=weights.dtype)
+        else:
+            apart = functools.partial(readers.layers_apart, always=weights.apart)
+            params = jax.eval_shape(apart, params_lib.shapes(config, jnp.dtype(weights.dtype)))
+        program = {"remat": inner.recompute(settings), "mesh": weights.mesh}
+        return programs.lanes_memory(params, adapter, settings, call, **program).total
     except programs.TooBig:
         return None

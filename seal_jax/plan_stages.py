@@ -66,10 +66,11 @@ def inner(own: Setting, wanted: int) -> Fit:
     """Returns the inner loop of `wanted` candidates, or of the most that fit (0)."""
     edits = own.cfg.outer.contexts * own.cfg.sampling.n
     label = f"the inner loop of {own.tokens} tokens"
-    if own.mesh.size == 1:
-        guess = own.free // ((4 + 3 * lanes.GROUP) * own.adapter)
-        at = _at(own, label, functools.partial(_lanes, own), own.weights if own.copy else 0)
-        return _find(own, at, wanted, 1, edits, guess)
+    if not sharding.splits_adapters(own.mesh):
+        guess = own.parts * own.free // ((4 + 3 * lanes.GROUP) * own.adapter)
+        besides = own.copy if own.mesh.size > 1 else own.weights if own.copy else 0
+        at = _at(own, label, functools.partial(_lanes, own), besides)
+        return _find(own, at, wanted, own.parts, edits, guess)
     # Adapter, moments, gradient; inputs of layers; a layer at work; some logits.
     each = 4 * own.adapter + 2 * 4 * 128 * own.config.vocab_size
     width = own.config.n_layers * own.config.d_model + 6 * own.config.d_ff
@@ -80,7 +81,7 @@ def inner(own: Setting, wanted: int) -> Fit:
 
 
 def _lanes(own: Setting, count: int) -> programs.Memory:
-    """Returns the bytes of inner loops in lanes, `count` candidates resident, as on one device."""
+    """Returns the bytes of inner loops in lanes, `count` candidates resident on all devices."""
     work, cfg = own.work, own.cfg
     text = lambda size: Text(np.zeros(size, np.int32), np.ones(size, np.int8), size)
     usual = (text(min(work.passage, own.tokens)), *[text(min(work.line, own.tokens))] * work.lines)
@@ -88,11 +89,11 @@ def _lanes(own: Setting, count: int) -> programs.Memory:
     many = max(count, cfg.outer.contexts * cfg.sampling.n)
     batch = Batch((made(text(own.tokens)), *[made(*usual)] * (many - 1)), cfg.inner, 0)
     tokens = visits.TOKENS["cpu" if own.on_cpu else "other"]
-    call = lanes.largest_call(batch, count, tokens)
-    params = programs.weights(own.config, own.mesh, own.layout, cfg.model.dtype)
-    place = sharding.replicated(own.mesh)
+    call = lanes.largest_call(batch, count, tokens, parts=own.parts)
+    layout = "fsdp" if own.mesh.size > 1 else own.layout
+    params = programs.weights(own.config, own.mesh, layout, cfg.model.dtype)
     remat = cfg.inner.remat == "layers" or (cfg.inner.remat == "auto" and not own.on_cpu)
-    return programs.lanes_memory(params, cfg.lora, cfg.inner, call, remat=remat, place=place)
+    return programs.lanes_memory(params, cfg.lora, cfg.inner, call, remat=remat, mesh=own.mesh)
 
 
 def answer(own: Setting, chunk: int) -> Fit:

@@ -1,17 +1,19 @@
 """The real programs of a run, compiled ahead of time for devices that need not be there.
 
-The inner loop is `inner.adapt_slots` on a mesh and `residents.advance` on one device, generation
-`decoding.run`, finetuning what `sft.finetune` runs; only their arguments are shapes, not arrays.
+The inner loop is `residents.advance`, or `inner.adapt_slots` where adapters are split over devices,
+generation `decoding.run`, finetuning what `sft.finetune` runs; only their arguments are shapes, not
+arrays.
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from seal_jax import decoding, inner, lanes, lora, readers, residents, sharding
 from seal_jax import params as params_lib
@@ -98,39 +100,53 @@ def lanes_memory(
     call: lanes.Call,
     *,
     remat: bool,
-    place: Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Memory:
-    """Returns the bytes on a device at the worst moment of adapting a chunk in lanes.
+    """Returns the bytes on each device at the worst moment of adapting a chunk in lanes.
 
     That is a call, with the adapters that are done beside it, or the end, when these become
     adapters again.
 
     Args:
       params: The weights as shapes.
-      place: The device; by default the one that programs run on.
+      mesh: The devices; by default the one that programs run on.
 
     Raises:
       TooBig: where one of the two programs does not fit.
     """
-    of = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    lead = (sharding.data_size(mesh),) if mesh is not None and mesh.size > 1 else ()
+    place = mesh and (sharding.candidates(mesh) if lead else sharding.replicated(mesh))
+
+    def of(shape: tuple[int, ...], kind: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead, *shape), kind, sharding=place)
+
     form = lora.form_of(lora.shapes(params.config, adapter))
     done_cex = of((call.chunk, *form.shape), jnp.float32)
     wp, wbt = (call.width, call.size.places), (call.width, call.size.rows, call.size.t)
     texts = [of(wbt, kind) for kind in (jnp.int32, jnp.int8, jnp.int32, jnp.int8)]
     work = residents.Work(*[of(wp, jnp.int32)] * 3, *texts, of(wp, jnp.float32), of(wp, jnp.int32))
-    step = residents.advance.lower(
-        params,
-        of((call.residents, 3, *form.shape), jnp.float32),
-        of((call.chunk, call.room), jnp.float32),
-        work,
-        form=form,
-        settings=inner.loop_settings(settings),
-        remat=remat,
-        predicted=call.size.predicted,
-    )
-    own, end = memory(compiled(step)), memory(compiled(residents.unflat.lower(done_cex, form)))
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    return max(own.beside(done_cex.size * 4), end.beside(weights), key=lambda found: found.total)
+    with sharding.use(mesh):
+        step = residents.advance.lower(
+            params,
+            of((call.residents, 3, *form.shape), jnp.float32),
+            of((call.chunk, call.room), jnp.float32),
+            work,
+            form=form,
+            settings=inner.loop_settings(settings),
+            remat=remat,
+            predicted=call.size.predicted,
+        )
+        last = residents.unflat.lower(done_cex, form)
+    own, end = memory(compiled(step)), memory(compiled(last))
+    done = 4 * done_cex.size // math.prod(lead)
+    weights = sum(_bytes_here(x) for x in jax.tree.leaves(params))
+    return max(own.beside(done), end.beside(weights), key=lambda found: found.total)
+
+
+def _bytes_here(x: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of an array on one device."""
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
 
 
 def writing(

@@ -75,11 +75,11 @@ def test_on_a_mesh_the_compiler_is_asked_about_weights_of_their_own_type(monkeyp
     mesh = sharding.make(config.Mesh(), jax.devices()[:1])
     asked = []
 
-    def lowered(architecture, cfg, *rest):
-        asked.append(programs.weights(architecture, mesh, dtype=cfg.model.dtype).embed.dtype)
+    def compiled(params, *rest, **static):
+        asked.append(params.embed.dtype)
         raise programs.TooBig(None)
 
-    monkeypatch.setattr(programs, "inner_loop", lowered)
+    monkeypatch.setattr(programs, "lanes_memory", compiled)
     for dtype in ("float32", "bfloat16"):
         own = chunks._Weights(CONFIG, dtype, mesh, False)
         chunks._bytes(own, LORA, config.Inner(), lanes.largest_call(batch(4), 2))

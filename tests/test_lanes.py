@@ -93,6 +93,47 @@ def test_in_packed_calls_every_step_fits_and_places_are_left_when_done(chunk, to
         assert sorted(done) == list(np.flatnonzero(part.slots.total_c))
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 0])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_on_a_mesh_each_device_takes_its_own_candidates_through_the_same_calls(parts, chunk):
+    batch = toys.batch(WRITTEN * 2, Inner(batch_size=2))
+    found: dict[int, list[list]] = {i: [] for i in range(len(batch))}
+    for part in lanes.arrange(batch, chunk, KEY, 512, parts=parts):
+        own = part.slots
+        share = len(part.index) // parts
+        assert share * parts == len(part.index) == len(own.total_c)
+        homes = [{} for _ in range(parts)]
+        for move in own.start:
+            assert (
+                homes[move.enters // share].setdefault(move.enters, move.resident) < own.residents
+            )
+        for visit in own.visits:
+            assert visit.width % parts == 0
+            groups = visit.width // parts * visit.size.places
+            for i, j, at in visit.lanes:
+                device = at // groups
+                assert device == i // share and i in homes[device]
+                rows = own.steps[i][j]
+                found[int(part.index[i])].append([tuple(x.tokens) for row in rows for x in row])
+            for resident, leaves, enters in visit.moves:
+                home = homes[leaves // share]
+                assert home.pop(leaves) == resident
+                if enters >= 0:
+                    assert enters // share == leaves // share
+                    home[enters] = resident
+        assert not any(homes)
+        assert list(np.flatnonzero((part.index >= 0) & (own.total_c == 0))) == list(own.idle)
+    assert found == in_lockstep(batch)
+
+
+def test_a_mesh_s_devices_have_about_as_many_steps():
+    written = [";".join(toys.text(9, (i, n)) for n in range(1 + i % 7)) for i in range(40)]
+    (part,) = lanes.arrange(toys.batch(written, Inner(epochs=3)), 0, KEY, 1024, parts=4)
+    steps = part.slots.total_c.reshape(4, -1).sum(axis=1)
+    assert steps.max() - steps.min() <= 3 * 7
+    assert part.useful > 0.8 * part.processed
+
+
 def test_packed_calls_are_few_shapes_and_well_filled():
     rng = np.random.default_rng(0)
     written = [

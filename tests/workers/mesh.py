@@ -22,8 +22,9 @@ CONFIG = toys.config("qwen2", d_ff=32, vocab_size=40, n_layers=1)
 LORA = config.Lora(rank=3, alpha=6.0, targets=("q", "down"))
 INNER = config.Inner(learning_rate=2e-2, epochs=2, chunk=5)
 KEY = jax.random.key(5)
-# Decoding in each layout on some mesh; finetuning in each way on some mesh.
-MESHES = [(8, 1, "tensor", "full"), (4, 2, "replicated", "lora")]
+# Decoding in each layout on some mesh; finetuning in each way on some mesh. On 2x1 each device
+# packs steps of several candidates in a row; on 4x2 adapters are split, in lockstep.
+MESHES = [(8, 1, "tensor", "full"), (4, 2, "replicated", "lora"), (2, 1, "fsdp", None)]
 
 
 class Writer(toys.Numbers):
@@ -78,12 +79,13 @@ def finetuning(lm: LM, method: str):
 
 def main(out: Path) -> None:
     found = {}
-    methods = [method for *_, method in MESHES]
+    methods = [method for *_, method in MESHES if method]
     for data, model_size, layout, method in [(1, 1, None, None), *MESHES]:
-        mesh = sharding.make(config.Mesh(data, model_size)) if layout else None
+        devices = jax.devices()[: data * model_size]
+        mesh = sharding.make(config.Mesh(data, model_size), devices) if layout else None
         lm = readers.ready(model(mesh), config.Mesh(decode=layout or "auto"))
         values = [*inner_loop(lm), *drawing(lm)]
-        for own in [method] if method else methods:
+        for own in ([method] if method else []) if layout else methods:
             values += finetuning(lm, own)
         found |= {f"{data}x{model_size}/{name}": value for name, value in values}
     np.savez(out, **found)
