@@ -141,7 +141,7 @@ def arrange(
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
     total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    order = slots_lib.by_work(steps, total)
+    order = slots_lib.by_work(batch)
     shapes = shapes_of(batch, residents, tokens, packed, parts)
     # Of all chunks together, so that their number changes no size.
     sizes = [] if shapes.packed else _sizes(steps, [c.epochs for c in batch.candidates], price)

@@ -40,7 +40,7 @@ class Scores(NamedTuple):
 def answer(
     lm: LM,
     task: Task,
-    contexts: Sequence[Context],
+    contexts: Sequence[Context | None],
     adapters: Adapter | None,
     cfg: config_lib.Config,
     *,
@@ -49,13 +49,12 @@ def answer(
     """Returns the greedy answers to every question of each context, without the context.
 
     Args:
-      contexts: One for each adapter (or any number of them without adapters).
-      adapters: Stacked [c, ...], or None for the bare model. Those past the contexts are fillers.
+      contexts: One for each adapter (or any number of them without adapters); None for a filler.
+      adapters: Stacked [c, ...], or None for the bare model.
       pad_to: See `sampling.decode`.
     """
-    prompts = [[sampling.encode(lm, q.prompt) for q in task.questions(c)] for c in contexts]
-    if adapters is not None:
-        prompts += [[]] * (next(iter(adapters.a.values())).shape[0] - len(contexts))
+    questions = [task.questions(context) if context else () for context in contexts]
+    prompts = [[sampling.encode(lm, q.prompt) for q in own] for own in questions]
     out = sampling.decode(
         lm,
         prompts,
@@ -65,7 +64,7 @@ def answer(
         pad_to=pad_to,
         logprobs=False,
     )
-    return [[sampling.text(lm, one[0]) for one in rows] for rows in out[: len(contexts)]]
+    return [[sampling.text(lm, one[0]) for one in rows] for rows in out]
 
 
 def _longest_question(lm: LM, task: Task, contexts: Sequence[Context]) -> int:
@@ -157,22 +156,24 @@ def evaluate(
     settings = chunks.choose(params, batch, cfg)
     batch = batching.Batch(batch.candidates, settings, batch.eos_id)
     longest = _longest_question(lm, task, [edit.context for edit in edits])
+    rank = np.argsort(slots_lib.by_work(batch))  # however the devices share them out
 
     def work(chunk: slots_lib.Chunk):
         adapters, losses = inner.adapt_chunk(params, batch, chunk, key, cfg.lora)
-        contexts = [edits[i].context for i in _places(chunk)]
+        contexts = [edits[i].context if i >= 0 else None for i in chunk.index]
         answers = answer(lm, task, contexts, adapters, cfg, pad_to=longest)
         return chunk, answers, *sharding.fetch((losses, inner.sound(adapters)))
 
     todo = (c for c in inner.arrange(params, batch, key) if not done(_places(c)))
     for chunk, answers, losses, sound in streams.ordered(work, todo):
         steps, places = np.asarray(chunk.slots.total_c), _places(chunk)
-        pairs = [(edits[i].context, answers[j]) for j, i in enumerate(places)]
+        rows = np.flatnonzero(chunk.index >= 0)
+        pairs = [(edits[i].context, answers[j]) for i, j in zip(places, rows, strict=True)]
         outcomes = [
             _outcome(i, own, answers[j], losses[j, : steps[j]], sound[j], batch.candidates[i], cfg)
-            for j, (i, own) in enumerate(zip(places, grade(task, pairs, cfg), strict=True))
+            for i, j, own in zip(places, rows, grade(task, pairs, cfg), strict=True)
         ]
-        yield outcomes, Efficiency().plus(chunk)
+        yield sorted(outcomes, key=lambda x: rank[x.at]), Efficiency().plus(chunk)
 
 
 def _places(chunk: slots_lib.Chunk) -> list[int]:

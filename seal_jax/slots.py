@@ -106,8 +106,7 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, multiple: int = 1) -> Iter
       multiple: Chunks are filled up to a multiple of it (of the devices that share them out).
     """
     steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    order = by_work(steps, total)
+    order = by_work(batch)
     chunk = -(-min(chunk or len(order), len(order)) // multiple) * multiple
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
     widths = [_group_widths([steps[i] for i in group]) for group in groups]
@@ -206,8 +205,10 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     )
 
 
-def by_work(steps: Sequence[list[list[list[Text]]]], total: Sequence[int]) -> list[int]:
+def by_work(batch: Batch) -> list[int]:
     """Returns candidates in the order in which chunks take them: those with most steps first."""
+    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+    total = [c.epochs * len(own) for c, own in zip(batch.candidates, steps, strict=True)]
     longest = [_width(own[0]) if own else 0 for own in steps]
     return sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
 
