@@ -27,23 +27,24 @@ def main() -> None:
     mesh = sharding.make(cfg.mesh, list(found.devices))
     model = architecture.find(cfg.model.path)
     facts = {"allowed": hardware.MEMORY["v5e"], "rank": cfg.lora.rank, "devices": mesh.size}
-    program = programs.compiled(programs.inner_loop(model, cfg, mesh, 40, TOKENS))
-    hlo = program.as_text()
+    made, compiled = [], programs.compiled
+    programs.compiled = lambda lowered: made.append(compiled(lowered)) or made[-1]
+
+    def inner_loops(candidates: int) -> dict:
+        request = plan.Request(cfg, "v5e-8", TOKENS, candidates=candidates, stages=("inner",))
+        return plan.compile_all(request, lambda text: None)
+
+    facts["inner 24"] = inner_loops(24)["stages"]["inner"]
+    hlo = made[0].as_text()
     facts |= {
-        "inner 40": programs.memory(program)._asdict(),
         "kernels": hlo.count('custom_call_target="tpu_custom_call"'),
         "float64": "f64[" in hlo,
         "transfers": [word for word in ("infeed", "outfeed", "host-compute") if f" {word}(" in hlo],
         "collectives": collectives(hlo),
     }
-    request = plan.Request(cfg, "v5e-8", TOKENS, candidates=64, stages=("inner",))
-    refused = plan.compile_all(request, lambda text: None)
-    facts |= {"inner 64": refused["stages"]["inner"], "verdict 64": plan_text.verdict(refused)}
-    try:
-        programs.compiled(programs.inner_loop(model, cfg, mesh, 80, TOKENS))
-        facts["inner 80"] = "compiled"
-    except programs.TooBig as error:
-        facts["inner 80"] = error.needed
+    refused = inner_loops(32)
+    facts |= {"inner 32": refused["stages"]["inner"], "verdict 32": plan_text.verdict(refused)}
+    facts["inner 80"] = inner_loops(80)["stages"]["inner"]
     layout = sharding.decode_layout(model, cfg.mesh, mesh, 2, hardware.MEMORY["v5e"])
     program = programs.compiled(programs.answering(model, cfg, mesh, 32, 8, 64, layout))
     facts |= {"layout": layout, "answer 32": programs.memory(program)._asdict()}
