@@ -3,8 +3,8 @@
     python benchmarks/arc.py
 
 Tiny grids, random configurations as the base policy writes them, a random model. Two ways to run
-them together: in lockstep (`slots`, what a mesh uses), where a candidate waits until the longest of
-its chunk is done, and in lanes (`lanes`, what one device uses). `active` is the share of candidate
+them together: in lockstep (`slots`, where an adapter is split over devices), in which a candidate
+waits until the longest of its chunk is done, and in lanes. `active` is the share of candidate
 steps in which a candidate trains; `useful` that of tokens which are not padding or waiting.
 """
 

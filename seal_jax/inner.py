@@ -224,7 +224,8 @@ def adapt_many(
         jax.block_until_ready((some, loss))
         return chunk, some, loss
 
-    for chunk, some, loss in streams.ordered(work, arrange(params, batch, key)):
+    at_once = streams.count(sharding.size(sharding.of(params)))
+    for chunk, some, loss in streams.ordered(work, arrange(params, batch, key), at_once):
         adapters.append(some)
         steps_c1 = np.asarray(chunk.slots.total_c)[:, None]
         loss_ci = sharding.fetch(loss)

@@ -237,7 +237,11 @@ def _joined(tree: Any) -> Any:
 
 def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
     with streams.first_call(name):
-        return call(*arrays)
+        made = call(*arrays)
+    if sharding.current() is not None and jax.default_backend() == "cpu":
+        # Of programs under way, those of one device may keep all threads that another waits for.
+        jax.block_until_ready(made)
+    return made
 
 
 def run(

@@ -165,7 +165,8 @@ def evaluate(
         return chunk, answers, *sharding.fetch((losses, inner.sound(adapters)))
 
     todo = (c for c in inner.arrange(params, batch, key) if not done(_places(c)))
-    for chunk, answers, losses, sound in streams.ordered(work, todo):
+    at_once = streams.count(sharding.size(sharding.of(params)))
+    for chunk, answers, losses, sound in streams.ordered(work, todo, at_once):
         steps, places = np.asarray(chunk.slots.total_c), _places(chunk)
         rows = np.flatnonzero(chunk.index >= 0)
         pairs = [(edits[i].context, answers[j]) for i, j in zip(places, rows, strict=True)]

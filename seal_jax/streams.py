@@ -33,14 +33,17 @@ _guard = threading.Lock()
 _first_calls: dict[Hashable, Any] = {}
 
 
-def count() -> int:
+def count(devices: int = 1) -> int:
     """Returns how many chunks are worked on at once: on a CPU one a core, elsewhere 1.
 
     0 where several processes must dispatch the same programs in the same order.
+
+    Args:
+      devices: That run each program together. Of several, all must start programs in one order.
     """
     if jax.process_count() > 1:
         return 0
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or devices > 1:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(cores or 1, _MOST))
