@@ -1,6 +1,7 @@
 """Models in Hugging Face's format, in and out: config.json, safetensors, tokenizer files."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ _FAST = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the second in transf
 _SHARD = 5_000_000_000  # bytes of one safetensors file, as transformers splits them
 _STORED = ("F32", "F16", "BF16")
 _READ_AT_ONCE = 1 << 22  # numbers
+_PARTS, _PART = 256, 1 << 16  # of a file, and their bytes, that its fingerprint reads
 
 
 class LM(NamedTuple):
@@ -82,6 +84,22 @@ def load_model(
     places = sharding.weights(config, mesh) if split else None
     params = read_params(folder, config, jnp.dtype(kind), places)
     return LM(params, tokenizer, config, folder)
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns what tells a model's files from another's: of large ones parts of them."""
+    found = hashlib.sha256()
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for file in sorted(
+        x for x in folder.iterdir() if x.name in names or x.suffix == ".safetensors"
+    ):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(size // _PARTS, _PART)):
+                stream.seek(start)
+                found.update(stream.read(_PART))
+    return found.hexdigest()
 
 
 def _ended(config: ModelConfig, tokenizer: Any) -> ModelConfig:

@@ -74,10 +74,12 @@ def _run(cfg: Config, folder: str | Path | None) -> Report:
     task = load_task(cfg.task, judge_model.replies_of(cfg))
     check(cfg, task)
     judge.check(cfg.task)
-    checkpoint.read_config(checkpoint.find(cfg.model.path, cfg.model.revision))
+    model = checkpoint.find(cfg.model.path, cfg.model.revision)
+    checkpoint.read_config(model)
     mesh = sharding.make(cfg.mesh)
     runs.check_trackers(cfg.trackers)
-    with runs.opened(cfg, folder, (*task.contexts, *task.held_out)) as path:
+    contexts, base = (*task.contexts, *task.held_out), checkpoint.fingerprint(model)
+    with runs.opened(cfg, folder, contexts, base) as path:
         return _rounds(cfg, task, mesh, path)
 
 

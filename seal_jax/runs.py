@@ -32,34 +32,44 @@ _CALLS = ("concurrency", "retries", "timeout_s", "max_calls", "cache", "key_vari
 
 @contextlib.contextmanager
 def opened(
-    cfg: config_lib.Config, folder: str | Path | None, contexts: Sequence[Context]
+    cfg: config_lib.Config,
+    folder: str | Path | None,
+    contexts: Sequence[Context],
+    model: str | None = None,
 ) -> Iterator[files.AnyPath]:
     """Gives the run's folder, new or to be resumed, to this run alone.
 
+    The arguments are those of `open_run`.
+
     Raises:
-      SealError: where the folder holds a run with other settings or contexts, or another run is at
-        work there.
+      SealError: where the folder holds a run with other settings, contexts or another model, or
+        another run is at work there.
     """
     path = files.path(folder or Path("runs") / cfg.name)
     _fits(cfg, path)  # before anything is made
     with alone(path):
-        open_run(cfg, path, contexts)
+        open_run(cfg, path, contexts, model)
         yield path
 
 
 def open_run(
-    cfg: config_lib.Config, folder: str | Path | None = None, contexts: Sequence[Context] = ()
+    cfg: config_lib.Config,
+    folder: str | Path | None = None,
+    contexts: Sequence[Context] = (),
+    model: str | None = None,
 ) -> files.AnyPath:
     """Returns the run's folder, new or to be resumed.
 
     Args:
       contexts: All that the run may use. Those with which it began are the ones it goes on with.
+      model: The base model's `checkpoint.fingerprint`, likewise.
 
     Raises:
-      SealError: where the folder holds a run with other settings or contexts.
+      SealError: where the folder holds a run with other settings, contexts or another model.
     """
     path = files.path(folder or Path("runs") / cfg.name)
     digests = _digests(contexts) if contexts else {}
+    own = {"model": model} if model else {}
     if _fits(cfg, path):
         known: Record = {}
         with contextlib.suppress(ValueError, TypeError):  # or it says nothing
@@ -69,8 +79,10 @@ def open_run(
                 f"{path}: began with other contexts: what task {cfg.task.name!r} reads (task.path, "
                 "task.held_out) has changed"
             )
+        if any(known.get(name) not in (None, digest) for name, digest in own.items()):
+            raise SealError(f"{path}: began with another model: model.path has other files now")
         return path
-    write_json(path / "environment.json", environment() | digests)
+    write_json(path / "environment.json", environment() | digests | own)
     write_text(path / "config.yaml", config_lib.dump(cfg))  # last: a folder with it is a run
     return path
 

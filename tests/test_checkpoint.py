@@ -146,6 +146,20 @@ def test_both_spellings_of_config_json_are_read(copy):
     assert old.rope_theta == 5e5 and old.rope_scaling == model.RopeScaling(**scaling)
 
 
+def test_a_fingerprint_is_of_what_a_model_is_made_of(copy, params):
+    seen = [checkpoint.fingerprint(copy)]
+    (copy / "README.md").write_text("x")
+    assert checkpoint.fingerprint(copy) == seen[0]
+    (copy / "generation_config.json").write_text("{}")
+    seen.append(checkpoint.fingerprint(copy))
+    file = copy / "model.safetensors"
+    weights = safetensors.numpy.load_file(file)
+    weights["model.norm.weight"][-1] += 1
+    safetensors.numpy.save_file(weights, file, {"format": "pt"})
+    seen.append(checkpoint.fingerprint(copy))
+    assert len(set(seen)) == 3
+
+
 def test_every_end_of_text_counts(copy):
     edit_config(copy, eos_token_id=[7, 9])
     (copy / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')

@@ -87,6 +87,12 @@ def test_a_finished_run_comes_by_again_and_adds_nothing(whole, capsys):
     assert "adapt and test (round_1/rewards): 18 of 18" in told and " 0 of " not in told
 
 
+def test_a_run_does_not_go_on_where_the_model_s_files_have_changed(whole, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda folder: "another")
+    assert main(command(whole[0], *SMALL)[3:]) == 2
+    assert "began with another model: model.path has other files" in capsys.readouterr().err
+
+
 def test_a_run_killed_between_a_record_and_its_line_of_scalars_logs_each_once(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "run")
     rows = runs.records(folder / "metrics.jsonl")

@@ -126,6 +126,14 @@ def test_a_run_does_not_go_on_with_other_contexts(tmp_path):
             pass
 
 
+def test_a_run_does_not_go_on_with_another_model(tmp_path):
+    cfg = config.load_config(None)
+    for model in ("a", "a", None):  # None: as an earlier version called it
+        runs.open_run(cfg, tmp_path / "run", model=model)
+    with pytest.raises(SealError, match="began with another model"):
+        runs.open_run(cfg, tmp_path / "run", model="b")
+
+
 @pytest.mark.parametrize(
     "data", [{"completions": ["a"]}, (ArcTask((), Pair(np.zeros((2, 2), int), None), "p"),)]
 )

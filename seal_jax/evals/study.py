@@ -95,7 +95,9 @@ def _run(cfg: Config, setting: str, folder: str | Path) -> Study:
     policy = _policy(cfg)
     mesh = sharding.make(cfg.mesh)
     runs.check_trackers(cfg.trackers)
-    with runs.opened(cfg, folder, (*task.contexts, *task.held_out)) as path:
+    every = (*task.contexts, *task.held_out)
+    base = checkpoint.fingerprint(checkpoint.find(cfg.model.path, cfg.model.revision))
+    with runs.opened(cfg, folder, every, base) as path:
         home = path / "eval" / setting
         _check_policy(policy, home)
         models = policies.Policies(checkpoint.load_model(cfg.model, mesh=mesh), cfg.outer.adapt)
