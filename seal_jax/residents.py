@@ -5,7 +5,7 @@ axis of devices: each keeps and changes the states of its own candidates, and no
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,30 @@ def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Wo
         rates[w, p], totals[w, p] = lanes.learning_rate_c[i], lanes.total_c[i]
     work = Work(resident, candidate, steps, tokens, weights, segments, place, rates, totals)
     return jax.tree.map(lambda x: _by_device(x, lanes.parts), work)
+
+
+def _moves(
+    lanes: Lanes, moves: Sequence[Move], ids: np.ndarray
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields moves as `move` takes them, a few of each device's at a time, and how many count."""
+    share = len(lanes.total_c) // lanes.parts
+    most = min(_MOVES, lanes.residents)
+    by_device: list[list[Move]] = [[] for _ in range(lanes.parts)]
+    for own in moves:
+        by_device[max(own.leaves, own.enters) // share].append(own)
+    longest = max(map(len, by_device))
+    for start in range(0, longest, most):
+        rows = np.full((lanes.parts * most, 4), (0, share, lanes.residents, 0), np.int64)
+        for device, own in enumerate(by_device):
+            for at, (resident, leaves, enters) in enumerate(own[start : start + most]):
+                row = rows[device * most + at]
+                row[0] = resident
+                if leaves >= 0:
+                    row[1] = leaves % share
+                if enters >= 0:
+                    row[2:] = resident, ids[enters]
+        numbers = rows.astype(np.uint32).view(np.int32)
+        yield _by_device(numbers, lanes.parts), min(most, longest - start)
 
 
 def _by_device(x: np.ndarray, parts: int) -> np.ndarray:
@@ -278,30 +302,14 @@ def _run(params, lanes: Lanes, ids, key, adapter, settings, remat: bool, mesh):
 
     def moved(moves: Sequence[Move]) -> None:
         nonlocal state_c3ex, done_cex
-        most = min(_MOVES, lanes.residents)
-        by_device: list[list[Move]] = [[] for _ in range(lanes.parts)]
         for own in moves:
-            by_device[max(own.leaves, own.enters) // share].append(own)
-        longest = max(map(len, by_device))
-        for at in range(0, longest, most):
-            rows = np.full((lanes.parts, most, 4), (0, share, lanes.residents, 0), np.int64)
-            for device, own in enumerate(by_device):
-                for row, (resident, leaves, enters) in zip(
-                    rows[device], own[at : at + most], strict=False
-                ):
-                    row[0] = resident
-                    if leaves >= 0:
-                        row[1] = leaves % share
-                    if enters >= 0:
-                        row[2:] = resident, ids[enters]
-                        home[enters] = resident
-            numbers = _by_device(rows.astype(np.uint32).view(np.int32).reshape(-1, 4), lanes.parts)
-            numbers = sharding.share_out(numbers, mesh)
-            count = sharding.share(np.int32(min(most, longest - at)), mesh)
+            if own.enters >= 0:
+                home[own.enters] = own.resident
+        for rows, count in _moves(lanes, moves, ids):
             call = functools.partial(move, config=params.config, settings=adapter)
+            arrays = (sharding.share_out(rows, mesh), sharding.share(np.int32(count), mesh))
             name = ("move", rows.shape, sizes, form, mesh)
-            arrays = (state_c3ex, done_cex, key, numbers, count)
-            state_c3ex, done_cex = _guarded(name, call, arrays)
+            state_c3ex, done_cex = _guarded(name, call, (state_c3ex, done_cex, key, *arrays))
 
     for i in lanes.idle:  # an adapter that nobody trains
         moved([Move(0, -1, i)])
