@@ -121,11 +121,10 @@ def _place(topology: str | None) -> Place:
     if topology is None:
         devices = jax.devices()
         kind = devices[0].device_kind
-        chip = next((c for name, c in hardware.GPUS.items() if name in kind), None)
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")
         if memory is None:  # a CPU: its devices share the machine's memory
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-        return Place(f"{len(devices)} x {kind}", devices, chip, memory)
+        return Place(f"{len(devices)} x {kind}", devices, hardware.gpu(kind), memory)
     from jax.experimental import topologies
 
     wanted = hardware.slice_of(topology)
