@@ -167,7 +167,7 @@ def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns the ids that end a generation; generation_config.json knows best."""
+    """Returns the ids that end a generation (generation_config.json knows best) or open a text."""
     generation = folder / "generation_config.json"
     try:
         better = json.loads(generation.read_text()) if generation.is_file() else {}
@@ -179,11 +179,20 @@ def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     for source in (better, raw):
         value = source.get("eos_token_id")
         ends += value if isinstance(value, list) else [] if value is None else [value]
-    for end in ends:
-        if not isinstance(end, int) or end >= 1 << 31:
-            raise ValueError(f"eos_token_id={end!r} is no token")
-    ends = [end for end in ends if end >= 0]  # -1 is said for none
-    return {"eos_ids": tuple(dict.fromkeys(ends)), "bos_id": raw.get("bos_token_id")}
+    found = dict.fromkeys(_token(end, "eos_token_id") for end in ends)
+    return {
+        "eos_ids": tuple(end for end in found if end is not None),
+        "bos_id": _token(raw.get("bos_token_id"), "bos_token_id"),
+    }
+
+
+def _token(value: Any, key: str) -> int | None:
+    """Returns a token id, or None for none, which is written as -1 too."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or value >= 1 << 31:
+        raise ValueError(f"{key}={value!r} is no token")
+    return value if value >= 0 else None
 
 
 def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:
