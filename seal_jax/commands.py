@@ -165,12 +165,6 @@ def _local(file: Path | None, option: str) -> None:
         raise SealError(f"{option} {file}: must be on this machine's disk")
 
 
-def _quiet() -> None:
-    """Keeps libraries from printing what no user can act on."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
 def run(arguments: list[str]) -> None:
     """Runs the RL loop."""
     chosen = _parse(Run, "run", arguments)

@@ -93,9 +93,9 @@ class Call(NamedTuple):
     room: int = 0
 
 
-def largest_call(batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None) -> Call:
+def largest_call(batch: Batch, residents: int, tokens: int = 0) -> Call:
     """Returns the call with the most tokens that `arrange` plans; the arguments are its own."""
-    shapes = shapes_of(batch, residents, tokens, packed)
+    shapes = shapes_of(batch, residents, tokens)
     if shapes.packed:
         width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
     else:

@@ -127,7 +127,7 @@ def parse_grid(text: object) -> Grid | None:
     cells = [CELLS.get(word) for word in words[2:]]
     if None in cells:
         return None
-    grid = np.array([cell.colour for cell in cells if cell], np.int8).reshape(rows, columns)
+    grid = np.array([cell.colour for cell in cells], np.int8).reshape(rows, columns)
     return grid if grid_words(grid) == words else None  # every cell says its own place
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from seal_jax.tasks.arc import augment, prompts, tasks
 from seal_jax.tasks.arc.grids import Grid
-from seal_jax.tasks.arc.tasks import ArcTask, Pair
+from seal_jax.tasks.arc.tasks import ArcTask
 
 _NAMES = [part.name for part in augment.INVERTIBLE]
 
@@ -127,8 +127,3 @@ def gold(query: Query) -> Grid | None:
 def token_budget(prompt: str, max_tokens: int = 8192) -> int:
     """Returns how many tokens the reference lets an answer have."""
     return max_tokens - prompts.llama_tokens(prompt)
-
-
-def without_answer(task: ArcTask) -> ArcTask:
-    """Returns the task as at test time."""
-    return replace(task, test=Pair(task.test.input, None))
