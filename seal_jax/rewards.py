@@ -13,6 +13,7 @@ from seal_jax import (
     checkpoint,
     chunks,
     inner,
+    judge_openai,
     lora,
     multihost,
     readers,
@@ -207,8 +208,6 @@ def grade(
         return [Grade(0.0, ()) for _ in pairs]
     if cfg.task.judge != "openai" or len(pairs) < 2:
         return [_grade(task, *pair) for pair in pairs]
-    from seal_jax import judge_openai
-
     with concurrent.futures.ThreadPoolExecutor(cfg.task.openai.concurrency) as pool:
         futures = [pool.submit(_grade, task, *pair) for pair in pairs]
         try:
