@@ -118,22 +118,17 @@ class Outcome(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """Of inner loops: tokens of training texts, and tokens processed to train on them (padding
-    included); steps that candidates took, and steps executed for them.
+    """How much of the work of inner loops counts.
+
+    Attributes:
+      useful, processed, executed: See `slots.Chunk`.
+      active: Steps that candidates took.
     """
 
     useful: int = 0
     processed: int = 0
     active: int = 0
     executed: int = 0
-
-    def plus(self, chunk: slots_lib.Chunk) -> "Efficiency":
-        return Efficiency(
-            self.useful + chunk.useful,
-            self.processed + chunk.processed,
-            self.active + int(np.sum(chunk.slots.total_c)),
-            self.executed + chunk.executed,
-        )
 
 
 def evaluate(
@@ -173,7 +168,8 @@ def evaluate(
             _outcome(i, own, answers[j], losses[j, : steps[j]], sound[j], batch.candidates[i], cfg)
             for j, (i, own) in enumerate(zip(places, grade(task, pairs, cfg), strict=True))
         ]
-        yield outcomes, Efficiency().plus(chunk)
+        active = int(np.sum(steps))
+        yield outcomes, Efficiency(chunk.useful, chunk.processed, active, chunk.executed)
 
 
 def _places(chunk: slots_lib.Chunk) -> list[int]:

@@ -8,13 +8,16 @@ which each text sees itself alone.
 
 import collections
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from flax import struct
 
 from seal_jax.batching import Batch, Text, steps_of
+
+if TYPE_CHECKING:
+    from seal_jax.lanes import Lanes
 
 _GRID = (16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768)
 _BUCKETS = 4  # programs inside the program
@@ -51,10 +54,18 @@ SHARED = ("bucket_i", "row_i", "visits")  # fields of Slots without a candidate 
 
 
 class Chunk(NamedTuple):
-    """Candidates that run together: their places in the batch (-1: filler), and their arrays."""
+    """Candidates that run together.
+
+    Attributes:
+      index: Their places in the batch, [c]; -1 is a filler.
+      slots: Their arrays; of `lanes.arrange` the texts and the calls that take them.
+      useful: Tokens of their training texts, once for each epoch.
+      processed: Tokens processed to train on them, padding included.
+      executed: Steps executed, those that train nobody included.
+    """
 
     index: np.ndarray
-    slots: Slots
+    slots: "Slots | Lanes"
     useful: int
     processed: int
     executed: int
