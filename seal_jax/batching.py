@@ -1,6 +1,7 @@
 """Self-edits as batches: tokenised training texts of many candidates, ragged, on the host."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -37,6 +38,10 @@ class Text(NamedTuple):
     real: int
 
 
+Step = list[list[Text]]
+"""Rows of texts, for one step of the optimizer."""
+
+
 class Candidate(NamedTuple):
     """What one candidate trains on. `error` says why a self-edit cannot be applied (no texts)."""
 
@@ -54,6 +59,16 @@ class Batch:
     candidates: tuple[Candidate, ...]
     settings: config_lib.Inner
     eos_id: int
+
+    @functools.cached_property
+    def steps(self) -> list[list[Step]]:
+        """The steps of an epoch of each candidate; see `steps_of`."""
+        return [steps_of(c.texts, self.settings.batch_size) for c in self.candidates]
+
+    @functools.cached_property
+    def total(self) -> list[int]:
+        """How many steps each candidate takes."""
+        return [c.epochs * len(own) for c, own in zip(self.candidates, self.steps, strict=True)]
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -153,8 +168,8 @@ def check_vocabulary(batch: Batch, size: int) -> None:
         raise SealError(f"the tokenizer makes token {most}, the model knows {size}")
 
 
-def steps_of(texts: Sequence[Text], batch_size: int) -> list[list[list[Text]]]:
-    """Returns the texts of each optimizer step of an epoch, as rows of texts, longest first."""
+def steps_of(texts: Sequence[Text], batch_size: int) -> list[Step]:
+    """Returns the texts of each optimizer step of an epoch, longest first."""
     ordered = sorted(texts, key=lambda text: -len(text.tokens))  # stable: ties in file order
     if batch_size:
         starts = range(0, len(ordered), batch_size)

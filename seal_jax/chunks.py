@@ -16,7 +16,7 @@ import numpy as np
 from seal_jax import config as config_lib
 from seal_jax import costs, inner, lanes, multihost, programs, readers, sharding, slots, visits
 from seal_jax import params as params_lib
-from seal_jax.batching import Batch, steps_of
+from seal_jax.batching import Batch
 from seal_jax.lanes import Call
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
@@ -167,8 +167,7 @@ def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> Call:
     """Returns the largest call of a batch with `count` candidates resident; on a mesh, a step."""
     if mesh is None:
         return lanes.largest_call(batch, count)
-    every = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    steps = [step for own in every for step in own]
+    steps = [step for own in batch.steps for step in own]
     t = max(sum(len(text.tokens) for text in row) for step in steps for row in step)
     return Call(count, 1, visits.Size(max(map(len, steps)), slots.round_up(t), t))
 

@@ -243,8 +243,7 @@ def _joined(chunks: list[Adapter], back: jax.Array) -> Adapter:
 
 def diverged(batch: Batch, adapters: Adapter, losses: np.ndarray) -> np.ndarray:
     """Returns which candidates [c] diverged, in whatever step: no loss is seen after the last."""
-    count = [c.epochs * _slot_count(c, batch.settings) for c in batch.candidates]
-    finite = [np.isfinite(row[:n]).all() for row, n in zip(losses, count, strict=True)]
+    finite = [np.isfinite(row[:n]).all() for row, n in zip(losses, batch.total, strict=True)]
     return ~(np.array(finite, bool) & sharding.fetch(sound(adapters)))
 
 
@@ -252,8 +251,3 @@ def diverged(batch: Batch, adapters: Adapter, losses: np.ndarray) -> np.ndarray:
 def sound(adapters: Adapter) -> jax.Array:
     """Returns which of the adapters [c, ...] are `optim.sound`."""
     return jax.vmap(optim.sound)((adapters.a, adapters.b))
-
-
-def _slot_count(candidate: batching.Candidate, settings: config_lib.Inner) -> int:
-    n = len(candidate.texts)
-    return min(n, 1) if not settings.batch_size else -(-n // settings.batch_size)

@@ -18,9 +18,9 @@ import numpy as np
 
 from seal_jax import slots as slots_lib
 from seal_jax import visits
-from seal_jax.batching import Batch, steps_of
+from seal_jax.batching import Batch, Step
 from seal_jax.slots import Chunk
-from seal_jax.visits import Move, Price, Size, Step, Visit
+from seal_jax.visits import Move, Price, Size, Visit
 
 _ALIKE = 512  # of calls with more tokens, steps of several candidates share a row
 LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
@@ -68,16 +68,14 @@ class Shapes(NamedTuple):
 
 def shapes_of(batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None) -> Shapes:
     """Returns the shapes of a batch; the arguments are those of `arrange`."""
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    most = 1 << max(len(steps) - 1, 0).bit_length()
-    residents = min(residents or len(steps), most)
+    most = 1 << max(len(batch) - 1, 0).bit_length()
+    residents = min(residents or len(batch), most)
     room = LOSSES
-    while room < max(total, default=0):
+    while room < max(batch.total, default=0):
         room *= 2
     packed = visits.most_tokens(tokens) > _ALIKE if packed is None else packed
-    packed = packed and residents > 1 and any(total)
-    calls = visits.shapes_for(steps, residents, tokens) if packed else []
+    packed = packed and residents > 1 and any(batch.total)
+    calls = visits.shapes_for(batch.steps, residents, tokens) if packed else []
     return Shapes(
         packed, residents, min(GROUP * residents, most) if packed else residents, room, calls
     )
@@ -99,8 +97,7 @@ def largest_call(batch: Batch, residents: int, tokens: int = 0) -> Call:
     if shapes.packed:
         width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
     else:
-        steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-        size = max(map(visits.size_of, itertools.chain(*steps)), key=lambda s: s.rows * s.t)
+        size = max(map(visits.size_of, itertools.chain(*batch.steps)), key=lambda s: s.rows * s.t)
         width = visits.width_of(size, shapes.residents, tokens)
         size = size._replace(predicted=size.t)
     return Call(shapes.residents, width, size, shapes.chunk, shapes.room)
@@ -126,8 +123,7 @@ def arrange(
       packed: Whether steps of several candidates share a row; None chooses by the device.
       price: Where they do not: what a program must be worth; None: a program for every size.
     """
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
+    steps, total = batch.steps, batch.total
     order = slots_lib.by_work(steps, total)
     shapes = shapes_of(batch, residents, tokens, packed)
     # Of all chunks together, so that their number changes no size.

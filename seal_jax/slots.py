@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from flax import struct
 
-from seal_jax.batching import Batch, Text, steps_of
+from seal_jax.batching import Batch, Step
 
 if TYPE_CHECKING:
     from seal_jax.lanes import Lanes
@@ -71,7 +71,7 @@ class Chunk(NamedTuple):
     executed: int
 
 
-def _width(step: list[list[Text]]) -> int:
+def _width(step: Step) -> int:
     return max(sum(len(text.tokens) for text in row) for row in step)
 
 
@@ -116,9 +116,8 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, multiple: int = 1) -> Iter
       key: Draws the order of steps in each epoch.
       multiple: Chunks are filled up to a multiple of it (of the devices that share them out).
     """
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    order = by_work(steps, total)
+    steps = batch.steps
+    order = by_work(steps, batch.total)
     chunk = -(-min(chunk or len(order), len(order)) // multiple) * multiple
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
     widths = [_group_widths([steps[i] for i in group]) for group in groups]
@@ -148,7 +147,7 @@ class _Shape(NamedTuple):
     eos_id: int
 
 
-def _group_widths(group: list[list[list[list[Text]]]]) -> list[int]:
+def _group_widths(group: list[list[Step]]) -> list[int]:
     """Returns the tokens each slot needs, over a group of candidates."""
     most = max((len(own) for own in group), default=0)
     return [max(_width(own[j]) for own in group if j < len(own)) for j in range(most)]
@@ -217,14 +216,14 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     )
 
 
-def by_work(steps: Sequence[list[list[list[Text]]]], total: Sequence[int]) -> list[int]:
+def by_work(steps: Sequence[list[Step]], total: Sequence[int]) -> list[int]:
     """Returns candidates in the order in which chunks take them: those with most steps first."""
     longest = [_width(own[0]) if own else 0 for own in steps]
     return sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
 
 
 def write(
-    step: list[list[Text]],
+    step: Step,
     tokens_bt: np.ndarray,
     weights_bt: np.ndarray,
     segments_bt: np.ndarray,

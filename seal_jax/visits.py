@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seal_jax.batching import Text
+from seal_jax.batching import Step
 
 # Tokens of a text are padded to one of these, closest where most lines of real self-edits end: of
 # their tokens 85 to 88 in 100 are then useful, in about ten programs.
@@ -22,8 +22,6 @@ TOKENS = {"cpu": 64, "other": 4096}
 _ROW = 256  # tokens in a row of several candidates, where nine in ten steps fit
 _PLACES = 8  # candidates in a row at most: each costs the adapters' products once more
 _CALL = 256  # a call takes as long as so many tokens more than it has
-
-Step = list[list[Text]]  # rows of texts
 
 
 class Size(NamedTuple):
