@@ -315,39 +315,39 @@ def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
     Configuration and tokenizer files are copied verbatim from where the model came from, since
     re-saved ones are misread by older tools; but config.json names the type of these weights, to
     which transformers would round them. The folder appears complete or not at all.
+
+    Args:
+      shard: Bytes of one safetensors file at most, unless a single tensor has more.
+
+    Raises:
+      SealError: where something stands in the folder already.
     """
     folder = Path(folder).expanduser().absolute()
-    files.check_free(folder)
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _copy_metadata(lm, work)
-    tensors = named_tensors(lm.params)
-    groups: list[list[str]] = [[]]
-    room, total = shard, 0
-    itemsize = lm.params.embed.dtype.itemsize
-    for name, size in _sizes(lm.params).items():
-        size *= itemsize
-        if size > room and groups[-1]:
-            groups.append([])
-            room = shard
-        groups[-1].append(name)
-        room -= size
-        total += size
-    index = {}
-    for number, names in enumerate(groups, 1):
-        file = "model.safetensors"
+    with files.new_folder(folder) as work:
+        _copy_metadata(lm, work)
+        tensors = named_tensors(lm.params)
+        groups: list[list[str]] = [[]]
+        room, total = shard, 0
+        itemsize = lm.params.embed.dtype.itemsize
+        for name, size in _sizes(lm.params).items():
+            size *= itemsize
+            if size > room and groups[-1]:
+                groups.append([])
+                room = shard
+            groups[-1].append(name)
+            room -= size
+            total += size
+        index = {}
+        for number, names in enumerate(groups, 1):
+            file = "model.safetensors"
+            if len(groups) > 1:
+                file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+            chunk = {name: tensors[name]() for name in names}
+            safetensors.numpy.save_file(chunk, work / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(names, file)
         if len(groups) > 1:
-            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        chunk = {name: tensors[name]() for name in names}
-        safetensors.numpy.save_file(chunk, work / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        table = {"metadata": {"total_size": total}, "weight_map": index}
-        (work / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
-    if folder.exists():
-        folder.rmdir()
-    work.rename(folder)
+            table = {"metadata": {"total_size": total}, "weight_map": index}
+            (work / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
     return folder
 
 

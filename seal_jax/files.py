@@ -62,6 +62,23 @@ def check_free(folder: Path) -> None:
         raise SealError(f"{folder}: already there and not empty; nothing was written")
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `folder` when it is whole.
+
+    Raises:
+      SealError: where something stands in the way.
+    """
+    check_free(folder)
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    yield work
+    if folder.exists():
+        folder.rmdir()
+    work.rename(folder)
+
+
 def make_folder(folder: AnyPath) -> None:
     """Makes a folder and those above it."""
     if multihost.leads():

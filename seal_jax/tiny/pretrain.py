@@ -14,9 +14,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 from transformers import PreTrainedTokenizerFast
 
-from seal_jax import checkpoint, model, optim
+from seal_jax import checkpoint, files, model, optim
 from seal_jax.checkpoint import LM
-from seal_jax.errors import SealError
 from seal_jax.model import ModelConfig, Params
 from seal_jax.optim import Measures, TrainState
 from seal_jax.tiny import grid_tokens, grids, world
@@ -246,7 +245,8 @@ def tiny_world(
       seed: Of the weights and of the texts; the world and its tokenizer are always the same.
       tokens: Places in the rows to train on, some 2% of them padding.
     """
-    folder = _empty(folder)
+    folder = Path(folder)
+    files.check_free(folder)
     tokenizer = tokens_lib.train()
     config = tiny_world_config(len(tokenizer), tokenizer.eos_token_id)
     texts = tokenized(world.pretraining_texts(seed, _SELF_EDITS), tokenizer)
@@ -286,7 +286,8 @@ def tiny_grids(
       seed: Of the weights and of the sequences.
       tokens: Places in the rows to train on, some 10% of them padding.
     """
-    folder = _empty(folder)
+    folder = Path(folder)
+    files.check_free(folder)
     tokenizer = grid_tokens.build()
     batches = bucketed(grids.pretraining_sequences(seed), tokenizer.pad_token_id)
     steps = tokens // (BUCKETS[0][0] * BUCKETS[0][1])
@@ -299,13 +300,6 @@ def tiny_grids(
     seen = progress and (lambda at: progress(at._replace(params=whole(at.params))))
     params = whole(train(state, step, batches, steps, seen))
     return save(params, tokenizer, folder, grid_tokens.save)
-
-
-def _empty(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise SealError(f"{folder}: already there and not empty; choose another folder")
-    return folder
 
 
 def save(
