@@ -14,14 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import costs, inner, lanes, multihost, programs, readers, sharding, slots, visits
+from seal_jax import (
+    costs,
+    hardware,
+    inner,
+    lanes,
+    multihost,
+    programs,
+    readers,
+    sharding,
+    slots,
+    visits,
+)
 from seal_jax import params as params_lib
 from seal_jax.batching import Batch
 from seal_jax.lanes import Call
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
 
-HEAD_ROOM = 0.1
 # Few counts, so that a little more free memory compiles no other program.
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PROBES = 2
@@ -98,7 +108,7 @@ def room(params: Params) -> int | None:
         return None
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
     others = stats.get("bytes_in_use", here) - here
-    return int((1 - HEAD_ROOM) * stats["bytes_limit"]) - max(others, 0)
+    return int((1 - hardware.HEAD_ROOM) * stats["bytes_limit"]) - max(others, 0)
 
 
 def largest(bytes_of: Callable[[int], int | None], limit: int, counts: Sequence[int]) -> int:

@@ -8,6 +8,8 @@ import jax
 from seal_jax.errors import SealError
 
 GIB = 1 << 30
+HEAD_ROOM = 0.1
+"""Share of a device's memory that no program is planned to take."""
 
 
 class Chip(NamedTuple):

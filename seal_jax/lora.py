@@ -49,6 +49,12 @@ class Adapter:
     def rank(self) -> int:
         return next(iter(self.a.values())).shape[-1]
 
+    @property
+    def count(self) -> int:
+        """How many are stacked, [c, ...]; 0 for a single one, which has no such axis."""
+        leaf = next(iter(self.a.values()))
+        return leaf.shape[0] if leaf.ndim == 4 else 0
+
 
 def shapes(config: "ModelConfig", settings: config_lib.Lora) -> Adapter:
     """Returns the adapter with every array replaced by its jax.ShapeDtypeStruct."""

@@ -19,7 +19,6 @@ from seal_jax.config import Config
 from seal_jax.errors import SealError
 from seal_jax.progress import say
 
-HEAD_ROOM = 0.1
 _WORKER = "import sys; from seal_jax import plan; sys.exit(plan.worker())"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -162,7 +161,7 @@ def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]
         cfg=cfg,
         config=config,
         mesh=mesh,
-        limit=int(place.limit * (1 - HEAD_ROOM)),
+        limit=int(place.limit * (1 - hardware.HEAD_ROOM)),
         layout=layout,
         weights=weights,
         copy=copy,
@@ -188,7 +187,7 @@ def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]
         "mesh": dict(mesh.shape),
         "decode layout": layout if mesh.size > 1 else "whole",
         "bytes allowed": place.limit,
-        "head-room": HEAD_ROOM,
+        "head-room": hardware.HEAD_ROOM,
         "tokens": own.tokens,
         "lora": dataclasses.asdict(cfg.lora),
         "fits": all(fit.fits for fit in stages.values()),

@@ -56,7 +56,7 @@ def answer(
     """
     prompts = [[sampling.encode(lm, q.prompt) for q in task.questions(c)] for c in contexts]
     if adapters is not None:
-        prompts += [[]] * (next(iter(adapters.a.values())).shape[0] - len(contexts))
+        prompts += [[]] * (adapters.count - len(contexts))
     out = sampling.decode(
         lm,
         prompts,
@@ -89,9 +89,9 @@ def score(
       adapters: Stacked [c, ...], an equal number for each context, in order of contexts. A single
         one, or None for the bare model, is scored once for each context.
     """
-    if adapters is not None and next(iter(adapters.a.values())).ndim == 3:
+    if adapters is not None and not adapters.count:
         adapters = lora.stack([adapters] * len(contexts))
-    c = next(iter(adapters.a.values())).shape[0] if adapters is not None else len(contexts)
+    c = len(contexts) if adapters is None else adapters.count
     if not contexts or c % len(contexts):
         raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")
     each = [context for context in contexts for _ in range(c // len(contexts))]
