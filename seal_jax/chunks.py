@@ -95,7 +95,8 @@ def choose(
     return _said(settings, chunk, limit)
 
 
-def _said(settings, chunk: int, limit: int, how: str = "") -> config_lib.Inner:
+def _said(settings: config_lib.Inner, chunk: int, limit: int, how: str = "") -> config_lib.Inner:
+    """Returns the settings with this chunk, and tells the user."""
     say(f"inner.chunk: {chunk} candidates at a time fit into {limit / 2**30:.1f} GiB{how}")
     return dataclasses.replace(settings, chunk=chunk)
 
@@ -144,7 +145,7 @@ def most(
 
     Args:
       bytes_of: Compiles for a count; None where the compiler itself refused.
-      each: Bytes by which a count needs more than the one before.
+      each: Bytes that one candidate more takes.
     """
     last = len(counts) - 1
     needed = bytes_of(counts[last])

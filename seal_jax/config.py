@@ -214,14 +214,19 @@ class Arc:
     """Settings of the few-shot task (ARC)."""
 
     solutions: str | None = None
+    """Kaggle's file of solutions to `task.path`; null: they are in that file."""
     held_out_solutions: str | None = None
+    """The same for `task.held_out`."""
     format: Literal["llama", "compact"] = "llama"
     """Grid text: the reference's chat text, or one token per cell for tiny models."""
     max_examples: Positive = 250
+    """Training examples of a self-edit; of more a random choice is taken."""
     max_tokens: Positive = 8192
-    """Training examples longer than this are dropped."""
+    """Training examples and queries that are not shorter are dropped."""
     permutations: Count = 1
+    """Random orders of the demonstrations in which a query is asked, besides their own."""
     reference_quirks: bool = False
+    """Draw, write and read as the reference does, its oddities included; for fidelity checks."""
     grammar: bool = False
     """Sample self-edits under a grammar: each that ends within its tokens is valid JSON."""
 
@@ -261,7 +266,7 @@ class Task:
     size: Count = 0
     """Contexts taken from `path` (tiny tasks: generated); 0 is all."""
     seed: int = 0
-    """Of generated worlds."""
+    """Of generated worlds, and of ARC's augmentations and orders of demonstrations."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Request(NamedTuple):
 
     `candidate` and `seed` number the self-edit of its context and its repetition: the names of
     random keys. Without examples nothing is trained, and the un-adapted model's answers count.
-    `refused` says why self-edits are not in it that cannot be applied.
+    `refused` has the reason for each self-edit that cannot be applied, and so is not in it.
     """
 
     edit: Edit
