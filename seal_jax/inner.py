@@ -111,7 +111,9 @@ def adapt_slots(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
-def init_many(config, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array) -> Adapter:
+def init_many(
+    config: ModelConfig, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array
+) -> Adapter:
     """Returns a fresh adapter for each candidate; a candidate's depends on `key` and its id."""
     one = lambda name: lora.init(config, settings, jax.random.fold_in(key, name))
     return sharding.pin(sharding.vmap(one)(ids_c), config, stacked=True)
@@ -155,7 +157,11 @@ def price(config: ModelConfig) -> Price:
 
 
 def adapt_chunk(
-    params: Params, batch: Batch, chunk: slots_lib.Chunk, key: jax.Array, lora_settings
+    params: Params,
+    batch: Batch,
+    chunk: slots_lib.Chunk,
+    key: jax.Array,
+    lora_settings: config_lib.Lora,
 ) -> tuple[Adapter, jax.Array]:
     """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included.
 
@@ -212,6 +218,9 @@ def adapt_many(
 
     Args:
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
+
+    Raises:
+      SealError: where the batch is empty, or has token ids that the model does not know.
     """
     if not len(batch):
         raise SealError("adapt_many: no self-edits were given")

@@ -33,10 +33,13 @@ class Lanes(NamedTuple):
 
     Attributes:
       start: Who moves in before the first call.
+      visits: The calls, in order.
       steps: Per candidate, the steps of an epoch.
+      learning_rate_c: Peak rate.
       total_c: Steps each candidate takes.
       residents: Candidates whose states are held at a time.
       room: Losses to keep of each, the same for all chunks.
+      eos_id: Fills what is padding.
     """
 
     start: tuple[Move, ...]
@@ -54,6 +57,7 @@ class Shapes(NamedTuple):
 
     Attributes:
       packed: Whether steps of several residents share a row.
+      residents: Candidates whose states are held at a time.
       chunk: Candidates of a chunk.
       room: Losses kept of each.
       calls: The shapes of calls (width, Size) that packing chooses from.

@@ -121,7 +121,7 @@ def write(own: Setting) -> Fit:
     settings = own.cfg.sampling
     token = costs.cache_bytes(own.config, own.itemsize)
     each = token * (own.work.prompt / settings.n + settings.max_tokens)
-    each += 6 * 4 * own.config.vocab_size  # logits, sorted and not
+    each += 6 * 4 * own.config.vocab_size  # logits, and what is made of them to draw
     at = _at(
         own,
         f"self-edits of {settings.max_tokens} tokens",

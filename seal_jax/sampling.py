@@ -72,6 +72,9 @@ def decode(
       pad_to: Pad prompts to at least this length, so that several calls share one program.
       grammar: Every sequence that ends is of its language.
       logprobs: Whether log-probabilities are wanted; a step is a little faster without.
+
+    Raises:
+      SealError: for numbers out of their ranges, or a temperature without a key.
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")

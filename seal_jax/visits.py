@@ -59,7 +59,12 @@ class Lane(NamedTuple):
 
 
 class Move(NamedTuple):
-    """At a resident's place, who is done (-1: nobody) makes room for the next (-1: for nobody)."""
+    """A change at a resident's place.
+
+    Attributes:
+      leaves: The candidate who is done; -1: nobody was there.
+      enters: The next one; -1: nobody.
+    """
 
     resident: int
     leaves: int
@@ -92,7 +97,7 @@ def tokens_of(step: Step) -> int:
 
 
 def counted(step: Step) -> int:
-    """Returns how many of them are predicted."""
+    """Returns how many tokens of a step count in its loss."""
     return sum(int(np.count_nonzero(text.weights)) for row in step for text in row)
 
 
@@ -238,7 +243,9 @@ def _fill(waiting, width: int, size: Size) -> tuple[dict[int, int], int]:
     return placed, useful
 
 
-def shapes_for(steps: Sequence[list[Step]], residents: int, tokens: int = 0) -> list:
+def shapes_for(
+    steps: Sequence[list[Step]], residents: int, tokens: int = 0
+) -> list[tuple[int, Size]]:
     """Returns the shapes (width, Size) that `packed` chooses from: two, for each is a program.
 
     Rows that hold nine in ten steps, as many as the residents fill at once; and a single one that
@@ -282,6 +289,7 @@ class _Progress:
         self.live = {move.enters: move.resident for move in self.start}  # and where they are
 
     def next(self, i: int) -> int:
+        """Returns the step that a candidate takes next."""
         return int(self.queues[i][self.at[i]])
 
     def first(self) -> list[int]:
