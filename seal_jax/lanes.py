@@ -148,10 +148,7 @@ def arrange(
         rates[: len(group)] = [batch.candidates[i].learning_rate for i in group]
         counts[: len(group)] = [total[i] for i in group]
         lanes = Lanes(*plan, own, rates, counts, residents, shapes.room, batch.eos_id)
-        useful = sum(
-            batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
-            for i in group
-        )
+        useful = slots_lib.useful(batch, group)
         processed = sum(v.tokens for v in plan.visits)
         # A place left empty in a row of many costs next to nothing; a row of its own costs all.
         executed = sum(len(v.lanes) if shapes.packed else v.width for v in plan.visits)

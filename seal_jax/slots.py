@@ -192,10 +192,6 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     index[: len(group)] = group
     where = np.array([place[j] for j in slot_i], np.int32).reshape(-1, 2)
     where = np.pad(where, ((0, fill), (0, 0)))
-    useful = sum(
-        batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
-        for i in group
-    )
     padded = np.array([shape.lengths[k] * shape.rows for k in where[: len(slot_i), 0]], int)
     return Chunk(
         index,
@@ -210,7 +206,7 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
             learning_rate_c=rates,
             total_c=np.pad(slots_c * epochs_c, (0, c - len(group))).astype(np.int32),
         ),
-        useful,
+        useful(batch, group),
         int(padded.sum()) * c,
         len(slot_i) * c,
     )
@@ -220,6 +216,12 @@ def by_work(steps: Sequence[list[Step]], total: Sequence[int]) -> list[int]:
     """Returns candidates in the order in which chunks take them: those with most steps first."""
     longest = [_width(own[0]) if own else 0 for own in steps]
     return sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
+
+
+def useful(batch: Batch, group: Sequence[int]) -> int:
+    """Returns the tokens of some candidates' training texts, once for each epoch."""
+    own = (batch.candidates[i] for i in group)
+    return sum(c.epochs * sum(len(text.tokens) for text in c.texts) for c in own)
 
 
 def write(
