@@ -253,7 +253,7 @@ def tiny_world(
     batches = packed(texts, tokenizer.pad_token_id, ROWS, LENGTH)
     state = optim.init(model.init(config, seed), b2=_B2)
     params = train(state, train_step, batches, tokens // (ROWS * LENGTH), progress)
-    return save(params, tokenizer, folder, tokens_lib.save)
+    return save(params, tokenizer, folder)
 
 
 def tiny_grids_config() -> ModelConfig:
@@ -299,19 +299,14 @@ def tiny_grids(
     step = functools.partial(muon_step, parts_vp=parts_vp)
     seen = progress and (lambda at: progress(at._replace(params=whole(at.params))))
     params = whole(train(state, step, batches, steps, seen))
-    return save(params, tokenizer, folder, grid_tokens.save)
+    return save(params, tokenizer, folder)
 
 
-def save(
-    params: Params,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    save_tokenizer: Callable[[PreTrainedTokenizerFast, Path], None],
-) -> Path:
+def save(params: Params, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     """Writes a tiny model in Hugging Face format, complete or not at all; returns its folder."""
     with tempfile.TemporaryDirectory() as staging:
         source = Path(staging)
-        save_tokenizer(tokenizer, source)
+        tokens_lib.save(tokenizer, source)
         config = checkpoint.write_config(params.config, params)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         for name, content in {"config.json": config, "generation_config.json": ends}.items():
