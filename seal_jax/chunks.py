@@ -81,14 +81,12 @@ def choose(
     if settings.chunk:
         needed = bytes_of(kept, settings.chunk)
         return kept if needed is not None and needed <= limit else settings
-    if automatic and (count := most(functools.partial(bytes_of, kept), each, limit, counts)):
-        again = count < counts[-1] and most(
-            functools.partial(bytes_of, settings), each, limit, counts
-        )
-        if 2 * count >= again:
-            return _said(kept, count, limit, ", activations kept")
-        return _said(settings, again, limit)
-    chunk = most(functools.partial(bytes_of, settings), each, limit, counts)
+    find = lambda own: most(functools.partial(bytes_of, own), each, limit, counts)
+    count = find(kept) if automatic else 0
+    # Where all candidates fit, recomputing could make room for no more.
+    chunk = 0 if count == counts[-1] else find(settings)
+    if count and 2 * count >= chunk:
+        return _said(kept, count, limit, ", activations kept")
     if not chunk:
         say(f"inner.chunk: {counts[0]} may need more than the {limit / 2**30:.1f} GiB there are")
         return dataclasses.replace(settings, chunk=counts[0])
