@@ -79,8 +79,8 @@ def read_config(folder: Path) -> ModelConfig:
     names = names if isinstance(names, list) else [names]
     family = next((_FAMILIES[n] for n in map(str, names) if n in _FAMILIES), None)
     if family is None:
-        known = ", ".join(_FAMILIES)
-        raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {known}")
+        expected = ", ".join(_FAMILIES)
+        raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {expected}")
     _refuse(raw, file)
     try:
         d, n = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")

@@ -1,7 +1,8 @@
 """Settings of a run: frozen dataclasses, read from YAML, overridden by `key=value`.
 
-Every default is the paper's value for knowledge incorporation (see `configs/` for the others).
-Every field is written into the run folder, so a run can be repeated from its folder alone.
+The method's defaults are the paper's values for knowledge incorporation (see `configs/` for the
+others); the model is the built-in one, and the judge works offline. Every field is written into the
+run folder, so a run can be repeated from its folder alone.
 """
 
 import dataclasses

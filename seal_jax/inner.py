@@ -85,7 +85,10 @@ def adapt(
     *,
     remat: bool = False,
 ) -> tuple[Adapter, Measures]:
-    """Returns one candidate's adapter after its inner loop, and measures [i]: see `fit`."""
+    """Returns one candidate's adapter after its inner loop, and measures [i]: see `fit`.
+
+    The weights are frozen. The loss of an adapter that diverged is NaN from then on.
+    """
 
     def loss_of(adapter, tokens_bt, weights_bt, segments_bt):
         value = optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
@@ -103,7 +106,14 @@ def adapt_slots(
     settings: config_lib.Inner,
     remat: bool = False,
 ) -> tuple[Adapter, Measures]:
-    """Returns the adapters [c, ...] and measures [c, i] of a chunk; the base has no `c` axis."""
+    """Returns the adapters [c, ...] and measures [c, i] of a chunk.
+
+    Args:
+      params: Frozen, without a `c` axis.
+      adapters: Where the candidates begin; donated.
+      settings: As `loop_settings` makes them (static).
+      remat: See `optim.loss` (static).
+    """
     one = functools.partial(adapt, settings=settings, remat=remat)
     axes = Slots(**_AXES)
     trained, measures = sharding.vmap(one, in_axes=(None, 0, axes))(params, adapters, slots)

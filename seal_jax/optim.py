@@ -107,6 +107,7 @@ def loss(
       weights_bt: How much predicting *this* token counts. The first of a text is never predicted:
         its weight only enlarges the divisor, as in transformers' Trainer.
       segments_bt: See `model.hidden`; a text's first token is never predicted from another text.
+      remat: See `model.hidden` (static).
       predicted: No row has more tokens with weight than this (static): logits are made of so many
         places alone, where the weights are. 0 makes them everywhere.
     """

@@ -1,8 +1,8 @@
 """What every evaluation asks of an inner loop, and what it gets back.
 
-An evaluation turns self-edits into requests, hands all of them to an engine, and turns the replies
-into records. An engine may train and answer as it likes: many candidates in one program
-(`rewards`), one after the other (`one_by_one`), or from a recording (the tests).
+An evaluation turns self-edits into requests, and replies into records. What is between may train
+and answer as it likes: this package, many candidates in one program (`settings`); an engine, one
+after the other (`one_by_one`); or a recording (the tests).
 """
 
 from collections.abc import Callable, Sequence

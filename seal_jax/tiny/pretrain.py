@@ -152,6 +152,7 @@ def bucketed(
 def train_step(state: TrainState, rows: Rows, steps: int) -> tuple[TrainState, Measures]:
     """Returns the state after one step of a training of `steps` (static), and what was measured.
 
+    The state is donated.
     The learning rate rises for 100 steps, then falls to 0 in a straight line.
     """
     warmup = min(_WARMUP, steps // 10)
@@ -173,7 +174,7 @@ def muon_state(params: Params, steps: int) -> TrainState:
 def muon_step(
     state: TrainState, rows: Rows, steps: int, parts_vp: np.ndarray
 ) -> tuple[TrainState, Measures]:
-    """Returns the state after one step by Muon, and what was measured.
+    """Returns the state (donated) after one step by Muon, and what was measured.
 
     Matrices of the layers take orthogonalised steps, all else AdamW's; rates as in `train_step`.
 
