@@ -96,7 +96,11 @@ def _ended(config: ModelConfig, tokenizer: Any) -> ModelConfig:
 
 
 def eos(lm: LM) -> int:
-    """Returns the id that ends a training text."""
+    """Returns the id that ends a training text.
+
+    Raises:
+      SealError: where the model has none.
+    """
     own = lm.tokenizer.eos_token_id
     if own is None and not lm.config.eos_ids:
         raise SealError(f"{lm.source}: neither tokenizer nor config names an end-of-text token")
@@ -107,6 +111,12 @@ def find(path: str, revision: str | None = None, *, weights: bool = True) -> Pat
     """Returns the folder of a model on this machine.
 
     What lies on the hub or in a bucket (gs://) is downloaded: weights, JSON and templates only.
+
+    Args:
+      weights: Whether they are wanted too.
+
+    Raises:
+      SealError: where there is no such model, or the hub does not serve it.
     """
     if path in BUILT_IN:
         return BUILT_IN[path]
@@ -134,7 +144,11 @@ def find(path: str, revision: str | None = None, *, weights: bool = True) -> Pat
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the folder's tokenizer; code in the folder is never run."""
+    """Returns the folder's tokenizer; code in the folder is never run.
+
+    Raises:
+      SealError: where its files are missing or cannot be read.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -194,6 +208,9 @@ def read_params(
     Args:
       shardings: A tree like the weights' of jax.sharding.Sharding; by default the weights go
         whole to the default device.
+
+    Raises:
+      SealError: names the file, and the tensor that is missing, misshapen or of another type.
     """
     places = _files(folder)
     opened: dict[Path, Any] = {}

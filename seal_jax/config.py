@@ -350,7 +350,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def parse(text: bytes, origin: str) -> Config:
-    """Returns the settings in the text of a YAML file; `origin` names it in errors."""
+    """Returns the settings in the text of a YAML file; `origin` names it in SealErrors."""
     return _build(config_tree.parse(text, origin), origin)
 
 

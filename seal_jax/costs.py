@@ -59,6 +59,7 @@ class Floor(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """The least of the stage: what limits it most."""
         return max(self.compute, self.memory, self.links)
 
 

@@ -36,6 +36,9 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
     Args:
       settings: Of the task; `settings.openai` is read for that judge only.
       generate: Prompts to replies, greedily; the judge `model` needs it.
+
+    Raises:
+      SealError: where that judge is asked for and none is given.
     """
     if settings.judge == "openai":
         return judge_openai.Judge(settings.openai)

@@ -45,6 +45,7 @@ class Setting(NamedTuple):
 
     @property
     def parts(self) -> int:
+        """Devices that share out candidates."""
         return sharding.data_size(self.mesh)
 
     @property

@@ -88,6 +88,9 @@ def score(
     Args:
       adapters: Stacked [c, ...], an equal number for each context, in order of contexts. A single
         one, or None for the bare model, is scored once for each context.
+
+    Raises:
+      SealError: where the adapters cannot be shared out among the contexts, or the judge fails.
     """
     if adapters is not None and not adapters.count:
         adapters = lora.stack([adapters] * len(contexts))
@@ -197,8 +200,11 @@ def grade(
 ) -> list[Grade]:
     """Returns the grade of each context's answers.
 
-    Of several processes only the one that writes records asks the judge. One behind an endpoint is
-    waited for, so it is asked about many at a time.
+    Of several processes only the one that writes records asks the judge; the others get rewards of
+    0. A judge behind an endpoint is waited for, so it is asked about many at a time.
+
+    Raises:
+      SealError: where the judge fails, or the task's `grade` returns no Grade from 0 to 1.
     """
     if not multihost.leads():
         return [Grade(0.0, ()) for _ in pairs]

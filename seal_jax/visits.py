@@ -81,6 +81,7 @@ class Visit(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of the call, padding included."""
         return self.width * self.size.rows * self.size.t
 
 

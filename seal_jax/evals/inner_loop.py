@@ -114,6 +114,9 @@ def verdicts(
 
     Args:
       grades: Grades many contexts' answers; by default one after the other.
+
+    Raises:
+      SealError: where the task has no verdict for each of a context's answers.
     """
     rows: dict[str, list[str]] = {}
     contexts = {item.context.id: item.context for item in pairs}

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,9 @@ def packed(
 
 
 def bucketed(
-    texts: Iterator[tuple[np.ndarray, np.ndarray]], pad_id: int, buckets=BUCKETS
+    texts: Iterator[tuple[np.ndarray, np.ndarray]],
+    pad_id: int,
+    buckets: Sequence[tuple[int, int]] = BUCKETS,
 ) -> Iterator[Rows]:
     """Yields batches of one text a row, alike in length; a text longer than all is left out.
 
