@@ -6,7 +6,6 @@ run folder, so a run can be repeated from its folder alone.
 """
 
 import dataclasses
-import hashlib
 import json
 import typing
 from collections.abc import Sequence
@@ -382,8 +381,3 @@ def from_dict(tree: dict[str, Any]) -> Config:
 def dump(config: Config) -> str:
     """Returns the settings as YAML that `load_config` reads back unchanged."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def digest(config: Any) -> str:
-    """Returns 12 hex digits that name these settings."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]

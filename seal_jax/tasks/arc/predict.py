@@ -119,11 +119,6 @@ def predictions(
     return made
 
 
-def gold(query: Query) -> Grid | None:
-    """Returns the right answer to a query, in the form in which it was asked."""
-    return query.task.test.output
-
-
 def token_budget(prompt: str, max_tokens: int = 8192) -> int:
     """Returns how many tokens the reference lets an answer have."""
     return max_tokens - prompts.llama_tokens(prompt)
