@@ -1,10 +1,10 @@
 """The architecture in a model folder's config.json, in and out."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from seal_jax import files
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params, RopeScaling
 
@@ -69,12 +69,7 @@ def read_config(folder: Path) -> ModelConfig:
       SealError: for another architecture, or a setting that would change the numbers unnoticed.
     """
     file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SealError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise SealError(f"{file}: holds no settings")
+    raw = files.read_settings(file)
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
     family = next((_FAMILIES[n] for n in map(str, names) if n in _FAMILIES), None)
@@ -169,12 +164,7 @@ def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Returns the ids that end a generation (generation_config.json knows best) or open a text."""
     generation = folder / "generation_config.json"
-    try:
-        better = json.loads(generation.read_text()) if generation.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise SealError(f"{generation}: not readable as JSON: {error}") from error
-    if not isinstance(better, dict):
-        raise SealError(f"{generation}: expected an object")
+    better = files.read_settings(generation) if generation.is_file() else {}
     ends: list[int] = []
     for source in (better, raw):
         value = source.get("eos_token_id")

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -54,6 +55,21 @@ def read(file: AnyPath) -> bytes | None:
     """Returns a file's bytes, or None where there is none."""
     data = multihost.agree(lambda: b"+" + file.read_bytes() if file.exists() else b"")
     return data[1:] if data else None
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file on this machine, as model and adapter folders hold them.
+
+    Raises:
+      SealError: names the file, where it is not there or holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SealError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SealError(f"{file}: holds no settings")
+    return content
 
 
 def check_free(folder: Path) -> None:

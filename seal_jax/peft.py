@@ -158,12 +158,7 @@ def _alpha(adapter: Adapter) -> float:
 
 def _settings(file: Path) -> tuple[int, float, list[str] | None]:
     """Returns rank, scale and the targets, where they are a list of names."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SealError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise SealError(f"{file}: holds no settings")
+    raw = files.read_settings(file)
     for key, value in raw.items():
         allowed = _ALLOWED.get(key, (None, False))
         # By type as well: layer 0 is not "no layers".
