@@ -180,6 +180,7 @@ class Evaluation:
     contexts: Count = 0
     """Held-out contexts; with 0 a run evaluates nothing, and `eval` all of them."""
     seeds: Positive = 1
+    """Inner loops per self-edit; its reward is their mean."""
     n: Positive = 1
     """Self-edits written for each held-out context."""
     references: tuple[str, ...] | None = None
@@ -201,12 +202,15 @@ class OpenAI:
     base_url: str | None = None
     key_variable: str = "OPENAI_API_KEY"
     concurrency: Positive = 16
+    """Requests under way at a time."""
     retries: Count = 6
     timeout_s: Rate = 60.0
+    """For a whole reply; 0 is no limit."""
     max_calls: Count = 0
     """Calls allowed, retries included, before the run stops with an error; each start of a command
     counts anew. 0 is no limit."""
     cache: str = "~/.cache/seal_jax/judge"
+    """Folder of the verdicts given so far."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,7 @@ class Task:
     split_newlines: bool = True
     """Each line of a self-edit is its own training text."""
     judge: Literal["offline", "exact", "openai", "model"] = "offline"
+    """Who says which answers about passages are right; ARC and the tiny tasks compare them."""
     judge_model: str | None = None
     """Model of the judge `model`: a folder or hub id; null is the run's own, before any round."""
     openai: OpenAI = OpenAI()

@@ -223,8 +223,14 @@ def packed(
     return Plan(start, visits)
 
 
-def _fill(waiting, width: int, size: Size) -> tuple[dict[int, int], int]:
-    """Returns which candidates find a place, and the tokens they bring."""
+def _fill(
+    waiting: Sequence[tuple[int, int, int]], width: int, size: Size
+) -> tuple[dict[int, int], int]:
+    """Returns which candidates find a place, and the tokens they bring.
+
+    Args:
+      waiting: Of each a candidate, the tokens of its next step, and how many of them count.
+    """
     free = [size.t] * width
     rest = [size.predicted] * width
     used = [0] * width
