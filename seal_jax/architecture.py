@@ -1,10 +1,10 @@
 """The architecture in a model folder's config.json, in and out."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from seal_jax import files
 from seal_jax.errors import SealError
 from seal_jax.params import ModelConfig, Params, RopeScaling
 
@@ -69,18 +69,13 @@ def read_config(folder: Path) -> ModelConfig:
       SealError: for another architecture, or a setting that would change the numbers unnoticed.
     """
     file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SealError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise SealError(f"{file}: holds no settings")
+    raw = files.read_settings(file)
     names = raw.get("architectures") or []
     names = names if isinstance(names, list) else [names]
     family = next((_FAMILIES[n] for n in map(str, names) if n in _FAMILIES), None)
     if family is None:
-        known = ", ".join(_FAMILIES)
-        raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {known}")
+        expected = ", ".join(_FAMILIES)
+        raise SealError(f"{file}: architecture {names or 'unnamed'} is not one of {expected}")
     _refuse(raw, file)
     try:
         d, n = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
@@ -167,23 +162,27 @@ def _rope(raw: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def _ends(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Returns the ids that end a generation; generation_config.json knows best."""
+    """Returns the ids that end a generation (generation_config.json knows best) or open a text."""
     generation = folder / "generation_config.json"
-    try:
-        better = json.loads(generation.read_text()) if generation.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise SealError(f"{generation}: not readable as JSON: {error}") from error
-    if not isinstance(better, dict):
-        raise SealError(f"{generation}: expected an object")
+    better = files.read_settings(generation) if generation.is_file() else {}
     ends: list[int] = []
     for source in (better, raw):
         value = source.get("eos_token_id")
         ends += value if isinstance(value, list) else [] if value is None else [value]
-    for end in ends:
-        if not isinstance(end, int) or end >= 1 << 31:
-            raise ValueError(f"eos_token_id={end!r} is no token")
-    ends = [end for end in ends if end >= 0]  # -1 is said for none
-    return {"eos_ids": tuple(dict.fromkeys(ends)), "bos_id": raw.get("bos_token_id")}
+    found = dict.fromkeys(_token(end, "eos_token_id") for end in ends)
+    return {
+        "eos_ids": tuple(end for end in found if end is not None),
+        "bos_id": _token(raw.get("bos_token_id"), "bos_token_id"),
+    }
+
+
+def _token(value: Any, key: str) -> int | None:
+    """Returns a token id, or None for none, which is written as -1 too."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or value >= 1 << 31:
+        raise ValueError(f"{key}={value!r} is no token")
+    return value if value >= 0 else None
 
 
 def write_config(config: ModelConfig, params: Params) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from seal_jax import sharding
 
 _MASKED = -1e30  # finite: a row that sees nothing gives a uniform average, never a NaN
 _BLOCKS = (512, 256, 128)  # tokens the kernel takes at a time; 128 is its least
+_HEAD = 64  # heads must be a multiple of this width for the kernel
 _LONG = 512  # tokens of a row above which its scores, t², are never there at once
-_QUERIES = 256  # so many queries' are
-_HEAD = 64  # it wants heads of a multiple of this width
+_QUERIES = 256  # queries of such a row whose scores are there at once
 
 
 def attend_rows(
@@ -127,14 +127,14 @@ def _attend(q_btnh, k_bskh, v_bskh, mask_bts):
 
 
 def _attend_gradient(kept, change_btnh):
-    """Returns the gradient by q, k and v."""
+    """Returns the gradient with respect to q, k and v (None for the mask)."""
     by_q, by_k, by_v = _gradients(kept, change_btnh)
     _, k_bskh, v_bskh, *_ = kept
     return by_q, _last(by_k, k_bskh), _last(by_v, v_bskh), None
 
 
 def _gradients(kept, change_btnh):
-    """Returns the gradient by q, and float32 ones [b, k, h, s] by k and v.
+    """Returns the gradient with respect to q, and to k and v as float32 [b, k, h, s].
 
     The sum over keys in a softmax's gradient is one over the h of the output: weights and their
     changes need not be read for it.
@@ -154,6 +154,7 @@ def _gradients(kept, change_btnh):
 
 
 def _last(x_bkhs: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns [b, s, k, h], heads last, of the dtype of `like`."""
     return x_bkhs.transpose(0, 3, 1, 2).astype(like.dtype)
 
 
@@ -208,7 +209,7 @@ def _parts(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _joined(x: jax.Array, t: int) -> jax.Array:
-    """Returns parts [p, b, t / p, ...] as one array [b, t, ...]."""
+    """Returns parts [p, b, t / p, ...] as one array [b, t, ...], without the padding."""
     p, b, size, *rest = x.shape
     return x.swapaxes(0, 1).reshape(b, p * size, *rest)[:, :t]
 
@@ -236,7 +237,7 @@ def attend_cached(
     length_b: jax.Array,
     step: jax.Array,
 ) -> jax.Array:
-    """Returns attention of one new token per sequence, [b, q, n, h].
+    """Returns attention of one new token per sequence, [b, q, n, h] in q's dtype.
 
     The q sequences of a prompt share its keys (read once), and each has its own suffix.
 

@@ -1,6 +1,7 @@
 """Self-edits as batches: tokenised training texts of many candidates, ragged, on the host."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ _ROW = 512  # texts of a full batch are packed into rows of about this many toke
 
 
 class SelfEdit(NamedTuple):
-    """A self-edit as written: for which context, the how-manieth, and its text."""
+    """A self-edit as written: its context, its number among that context's, and its text."""
 
     context: Context
     index: int
@@ -37,6 +38,10 @@ class Text(NamedTuple):
     real: int
 
 
+Step = list[list[Text]]
+"""Rows of texts, for one step of the optimizer."""
+
+
 class Candidate(NamedTuple):
     """What one candidate trains on. `error` says why a self-edit cannot be applied (no texts)."""
 
@@ -54,6 +59,16 @@ class Batch:
     candidates: tuple[Candidate, ...]
     settings: config_lib.Inner
     eos_id: int
+
+    @functools.cached_property
+    def steps(self) -> list[list[Step]]:
+        """The steps of an epoch of each candidate; see `steps_of`."""
+        return [steps_of(c.texts, self.settings.batch_size) for c in self.candidates]
+
+    @functools.cached_property
+    def total(self) -> list[int]:
+        """How many steps each candidate takes."""
+        return [c.epochs * len(own) for c, own in zip(self.candidates, self.steps, strict=True)]
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -95,7 +110,12 @@ def tokenize(edit: Edit, tokenizer: Any, eos_id: int, settings: config_lib.Inner
 
 
 def pack(
-    task: Task, edits: Sequence, tokenizer: Any, settings: config_lib.Inner, *, eos_id=None
+    task: Task,
+    edits: SelfEdit | Sequence[SelfEdit] | Sequence[Sequence[SelfEdit]],
+    tokenizer: Any,
+    settings: config_lib.Inner,
+    *,
+    eos_id: int | None = None,
 ) -> Batch:
     """Returns what each self-edit trains on, as a batch with candidates first.
 
@@ -104,6 +124,9 @@ def pack(
     Args:
       edits: A SelfEdit, several, or lists of them (one per context, as `sample_edits` returns).
       eos_id: Ends a text; the tokenizer's by default.
+
+    Raises:
+      SealError: where no token ends a text, or the task's `edit` returns no Edit.
     """
     eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
     if eos_id is None:
@@ -115,7 +138,9 @@ def pack(
     return Batch(tuple(candidates), settings, eos_id)
 
 
-def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
+def _candidate(
+    task: Task, written: SelfEdit, tokenizer: Any, eos_id: int, settings: config_lib.Inner
+) -> Candidate:
     name = identity(written.context.id, written.index)
     try:
         edit = task.edit(written.context, written.text)
@@ -129,7 +154,11 @@ def _candidate(task, written, tokenizer, eos_id, settings) -> Candidate:
 def candidate(
     edit: Edit, name: int, tokenizer: Any, eos_id: int, settings: config_lib.Inner
 ) -> Candidate:
-    """Returns what an edit trains on; nothing, where it asks for what cannot be done."""
+    """Returns what an edit trains on; nothing, and why, where it asks for what cannot be done.
+
+    Args:
+      name: 32 bits that stand for the candidate in random keys; see `identity`.
+    """
     rate = settings.learning_rate if edit.learning_rate is None else edit.learning_rate
     epochs = settings.epochs if edit.epochs is None else edit.epochs
     if not 0 <= rate < math.inf or not epochs >= 0 or epochs != int(epochs):
@@ -153,8 +182,8 @@ def check_vocabulary(batch: Batch, size: int) -> None:
         raise SealError(f"the tokenizer makes token {most}, the model knows {size}")
 
 
-def steps_of(texts: Sequence[Text], batch_size: int) -> list[list[list[Text]]]:
-    """Returns the texts of each optimizer step of an epoch, as rows of texts, longest first."""
+def steps_of(texts: Sequence[Text], batch_size: int) -> list[Step]:
+    """Returns the texts of each optimizer step of an epoch, longest first."""
     ordered = sorted(texts, key=lambda text: -len(text.tokens))  # stable: ties in file order
     if batch_size:
         starts = range(0, len(ordered), batch_size)

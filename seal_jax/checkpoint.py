@@ -114,7 +114,11 @@ def _ended(config: ModelConfig, tokenizer: Any) -> ModelConfig:
 
 
 def eos(lm: LM) -> int:
-    """Returns the id that ends a training text."""
+    """Returns the id that ends a training text.
+
+    Raises:
+      SealError: where the model has none.
+    """
     own = lm.tokenizer.eos_token_id
     if own is None and not lm.config.eos_ids:
         raise SealError(f"{lm.source}: neither tokenizer nor config names an end-of-text token")
@@ -125,6 +129,12 @@ def find(path: str, revision: str | None = None, *, weights: bool = True) -> Pat
     """Returns the folder of a model on this machine.
 
     What lies on the hub or in a bucket (gs://) is downloaded: weights, JSON and templates only.
+
+    Args:
+      weights: Whether they are wanted too.
+
+    Raises:
+      SealError: where there is no such model, or the hub does not serve it.
     """
     if path in BUILT_IN:
         return BUILT_IN[path]
@@ -152,7 +162,11 @@ def find(path: str, revision: str | None = None, *, weights: bool = True) -> Pat
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Returns the folder's tokenizer; code in the folder is never run."""
+    """Returns the folder's tokenizer; code in the folder is never run.
+
+    Raises:
+      SealError: where its files are missing or cannot be read.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
@@ -212,6 +226,9 @@ def read_params(
     Args:
       shardings: A tree like the weights' of jax.sharding.Sharding; by default the weights go
         whole to the default device.
+
+    Raises:
+      SealError: names the file, and the tensor that is missing, misshapen or of another type.
     """
     places = _files(folder)
     opened: dict[Path, Any] = {}
@@ -333,39 +350,39 @@ def save_hf(lm: LM, folder: str | Path, *, shard: int = _SHARD) -> Path:
     Configuration and tokenizer files are copied verbatim from where the model came from, since
     re-saved ones are misread by older tools; but config.json names the type of these weights, to
     which transformers would round them. The folder appears complete or not at all.
+
+    Args:
+      shard: Bytes of one safetensors file at most, unless a single tensor has more.
+
+    Raises:
+      SealError: where something stands in the folder already.
     """
     folder = Path(folder).expanduser().absolute()
-    files.check_free(folder)
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _copy_metadata(lm, work)
-    tensors = named_tensors(lm.params)
-    groups: list[list[str]] = [[]]
-    room, total = shard, 0
-    itemsize = lm.params.embed.dtype.itemsize
-    for name, size in _sizes(lm.params).items():
-        size *= itemsize
-        if size > room and groups[-1]:
-            groups.append([])
-            room = shard
-        groups[-1].append(name)
-        room -= size
-        total += size
-    index = {}
-    for number, names in enumerate(groups, 1):
-        file = "model.safetensors"
+    with files.new_folder(folder) as work:
+        _copy_metadata(lm, work)
+        tensors = named_tensors(lm.params)
+        groups: list[list[str]] = [[]]
+        room, total = shard, 0
+        itemsize = lm.params.embed.dtype.itemsize
+        for name, size in _sizes(lm.params).items():
+            size *= itemsize
+            if size > room and groups[-1]:
+                groups.append([])
+                room = shard
+            groups[-1].append(name)
+            room -= size
+            total += size
+        index = {}
+        for number, names in enumerate(groups, 1):
+            file = "model.safetensors"
+            if len(groups) > 1:
+                file = f"model-{number:05}-of-{len(groups):05}.safetensors"
+            chunk = {name: tensors[name]() for name in names}
+            safetensors.numpy.save_file(chunk, work / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(names, file)
         if len(groups) > 1:
-            file = f"model-{number:05}-of-{len(groups):05}.safetensors"
-        chunk = {name: tensors[name]() for name in names}
-        safetensors.numpy.save_file(chunk, work / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        table = {"metadata": {"total_size": total}, "weight_map": index}
-        (work / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
-    if folder.exists():
-        folder.rmdir()
-    work.rename(folder)
+            table = {"metadata": {"total_size": total}, "weight_map": index}
+            (work / "model.safetensors.index.json").write_text(json.dumps(table, indent=2))
     return folder
 
 

@@ -14,14 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import config as config_lib
-from seal_jax import costs, inner, lanes, multihost, programs, readers, sharding, slots, visits
+from seal_jax import (
+    costs,
+    hardware,
+    inner,
+    lanes,
+    multihost,
+    programs,
+    readers,
+    sharding,
+    slots,
+    visits,
+)
 from seal_jax import params as params_lib
-from seal_jax.batching import Batch, steps_of
+from seal_jax.batching import Batch
 from seal_jax.lanes import Call
 from seal_jax.params import ModelConfig, Params
 from seal_jax.progress import say
 
-HEAD_ROOM = 0.1
 # Few counts, so that a little more free memory compiles no other program.
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PROBES = 2
@@ -71,21 +81,20 @@ def choose(
     if settings.chunk:
         needed = bytes_of(kept, settings.chunk)
         return kept if needed is not None and needed <= limit else settings
-    if automatic and (count := most(functools.partial(bytes_of, kept), each, limit, counts)):
-        again = count < counts[-1] and most(
-            functools.partial(bytes_of, settings), each, limit, counts
-        )
-        if 2 * count >= again:
-            return _said(kept, count, limit, ", activations kept")
-        return _said(settings, again, limit)
-    chunk = most(functools.partial(bytes_of, settings), each, limit, counts)
+    find = lambda own: most(functools.partial(bytes_of, own), each, limit, counts)
+    count = find(kept) if automatic else 0
+    # Where all candidates fit, recomputing could make room for no more.
+    chunk = 0 if count == counts[-1] else find(settings)
+    if count and 2 * count >= chunk:
+        return _said(kept, count, limit, ", activations kept")
     if not chunk:
         say(f"inner.chunk: {counts[0]} may need more than the {limit / 2**30:.1f} GiB there are")
         return dataclasses.replace(settings, chunk=counts[0])
     return _said(settings, chunk, limit)
 
 
-def _said(settings, chunk: int, limit: int, how: str = "") -> config_lib.Inner:
+def _said(settings: config_lib.Inner, chunk: int, limit: int, how: str = "") -> config_lib.Inner:
+    """Returns the settings with this chunk, and tells the user."""
     say(f"inner.chunk: {chunk} candidates at a time fit into {limit / 2**30:.1f} GiB{how}")
     return dataclasses.replace(settings, chunk=chunk)
 
@@ -98,7 +107,7 @@ def room(params: Params) -> int | None:
         return None
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
     others = stats.get("bytes_in_use", here) - here
-    return int((1 - HEAD_ROOM) * stats["bytes_limit"]) - max(others, 0)
+    return int((1 - hardware.HEAD_ROOM) * stats["bytes_limit"]) - max(others, 0)
 
 
 def largest(bytes_of: Callable[[int], int | None], limit: int, counts: Sequence[int]) -> int:
@@ -134,7 +143,7 @@ def most(
 
     Args:
       bytes_of: Compiles for a count; None where the compiler itself refused.
-      each: Bytes by which a count needs more than the one before.
+      each: Bytes that one candidate more takes.
     """
     last = len(counts) - 1
     needed = bytes_of(counts[last])
@@ -167,8 +176,7 @@ def _call(batch: Batch, mesh: jax.sharding.Mesh | None, count: int) -> Call:
     """Returns the largest call of a batch with `count` candidates resident; in lockstep, a step."""
     if not sharding.splits_adapters(mesh):
         return lanes.largest_call(batch, count, parts=sharding.data_size(mesh))
-    every = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    steps = [step for own in every for step in own]
+    steps = [step for own in batch.steps for step in own]
     t = max(sum(len(text.tokens) for text in row) for step in steps for row in step)
     return Call(count, 1, visits.Size(max(map(len, steps)), slots.round_up(t), t))
 

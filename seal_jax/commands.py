@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -144,8 +144,12 @@ _NARROW = 20  # columns
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
 
 
-def _parse(kind: type, name: str, arguments: list[str]):
-    """Returns the parsed arguments; key=value may stand anywhere."""
+def _parse(kind: type, name: str, arguments: list[str]) -> Any:
+    """Returns the parsed arguments, of this kind.
+
+    Overrides (key=value) may stand anywhere: they are moved behind the last argument that has a
+    place of its own, where tyro looks for them.
+    """
     option = lambda word: word.startswith("-")
     values = {i + 1 for i, word in enumerate(arguments) if option(word) and "=" not in word}
     free = [i for i, word in enumerate(arguments) if i not in values and not option(word)]
@@ -163,12 +167,6 @@ def _local(file: Path | None, option: str) -> None:
     """Raises SealError for a bucket, of which a path would become a folder called gs:."""
     if file is not None and re.match(r"\w+:/", str(file)):
         raise SealError(f"{option} {file}: must be on this machine's disk")
-
-
-def _quiet() -> None:
-    """Keeps libraries from printing what no user can act on."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def run(arguments: list[str]) -> None:

@@ -1,11 +1,11 @@
 """Settings of a run: frozen dataclasses, read from YAML, overridden by `key=value`.
 
-Every default is the paper's value for knowledge incorporation (see `configs/` for the others).
-Every field is written into the run folder, so a run can be repeated from its folder alone.
+The method's defaults are the paper's values for knowledge incorporation (see `configs/` for the
+others); the model is the built-in one, and the judge works offline. Every field is written into the
+run folder, so a run can be repeated from its folder alone.
 """
 
 import dataclasses
-import hashlib
 import json
 import typing
 from collections.abc import Sequence
@@ -180,6 +180,7 @@ class Evaluation:
     contexts: Count = 0
     """Held-out contexts; with 0 a run evaluates nothing, and `eval` all of them."""
     seeds: Positive = 1
+    """Inner loops per self-edit; its reward is their mean."""
     n: Positive = 1
     """Self-edits written for each held-out context."""
     references: tuple[str, ...] | None = None
@@ -201,12 +202,15 @@ class OpenAI:
     base_url: str | None = None
     key_variable: str = "OPENAI_API_KEY"
     concurrency: Positive = 16
+    """Requests under way at a time."""
     retries: Count = 6
     timeout_s: Rate = 60.0
+    """For a whole reply; 0 is no limit."""
     max_calls: Count = 0
     """Calls allowed, retries included, before the run stops with an error; each start of a command
     counts anew. 0 is no limit."""
     cache: str = "~/.cache/seal_jax/judge"
+    """Folder of the verdicts given so far."""
 
 
 @dataclass(frozen=True)
@@ -214,14 +218,19 @@ class Arc:
     """Settings of the few-shot task (ARC)."""
 
     solutions: str | None = None
+    """Kaggle's file of solutions to `task.path`; null: they are in that file."""
     held_out_solutions: str | None = None
+    """The same for `task.held_out`."""
     format: Literal["llama", "compact"] = "llama"
     """Grid text: the reference's chat text, or one token per cell for tiny models."""
     max_examples: Positive = 250
+    """Training examples of a self-edit; of more a random choice is taken."""
     max_tokens: Positive = 8192
-    """Training examples longer than this are dropped."""
+    """Training examples and queries that are not shorter are dropped."""
     permutations: Count = 1
+    """Random orders of the demonstrations in which a query is asked, besides their own."""
     reference_quirks: bool = False
+    """Draw, write and read as the reference does, its oddities included; for fidelity checks."""
     grammar: bool = False
     """Sample self-edits under a grammar: each that ends within its tokens is valid JSON."""
 
@@ -254,6 +263,7 @@ class Task:
     split_newlines: bool = True
     """Each line of a self-edit is its own training text."""
     judge: Literal["offline", "exact", "openai", "model"] = "offline"
+    """Who says which answers about passages are right; ARC and the tiny tasks compare them."""
     judge_model: str | None = None
     """Model of the judge `model`: a folder or hub id; null is the run's own, before any round."""
     openai: OpenAI = OpenAI()
@@ -261,7 +271,7 @@ class Task:
     size: Count = 0
     """Contexts taken from `path` (tiny tasks: generated); 0 is all."""
     seed: int = 0
-    """Of generated worlds."""
+    """Of generated worlds, and of ARC's augmentations and orders of demonstrations."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +354,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
 
 def parse(text: bytes, origin: str) -> Config:
-    """Returns the settings in the text of a YAML file; `origin` names it in errors."""
+    """Returns the settings in the text of a YAML file; `origin` names it in SealErrors."""
     return _build(config_tree.parse(text, origin), origin)
 
 
@@ -376,8 +386,3 @@ def from_dict(tree: dict[str, Any]) -> Config:
 def dump(config: Config) -> str:
     """Returns the settings as YAML that `load_config` reads back unchanged."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def digest(config: Any) -> str:
-    """Returns 12 hex digits that name these settings."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]

@@ -31,14 +31,14 @@ class _Loader(yaml.SafeLoader):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Returns the settings in a YAML file."""
+    """Returns the settings in a YAML file; a SealError names the file and the line at fault."""
     if not path.is_file():
         raise SealError(f"{path}: no such configuration file")
     return parse(path.read_bytes(), str(path))
 
 
 def parse(text: bytes, origin: str) -> dict[str, Any]:
-    """Returns the settings in the text of a YAML file; `origin` names it in errors."""
+    """Returns the settings in the text of a YAML file; `origin` names it in SealErrors."""
     try:
         tree = yaml.load(text.decode(), Loader=_Loader)
     except _ODD as error:

@@ -6,9 +6,11 @@ Counted from the architecture, not from the compiler, which counts a loop's body
 import math
 from typing import NamedTuple
 
+from jax.sharding import Mesh
+
 from seal_jax import lora, sharding
 from seal_jax import params as params_lib
-from seal_jax.config import Config
+from seal_jax.config import Config, Lora
 from seal_jax.hardware import Chip
 from seal_jax.params import ModelConfig
 
@@ -57,6 +59,7 @@ class Floor(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """The least of the stage: what limits it most."""
         return max(self.compute, self.memory, self.links)
 
 
@@ -67,7 +70,7 @@ def matrix_numbers(config: ModelConfig) -> int:
     return layers + config.vocab_size * config.d_model
 
 
-def adapter_numbers(config: ModelConfig, settings) -> int:
+def adapter_numbers(config: ModelConfig, settings: Lora) -> int:
     """Returns the numbers of one adapter."""
     tree = lora.shapes(config, settings)
     return sum(math.prod(x.shape) for x in (*tree.a.values(), *tree.b.values()))
@@ -78,7 +81,7 @@ def attention_flops(config: ModelConfig, length: int) -> float:
     return 2.0 * length * length * config.n_layers * config.n_heads * config.d_head
 
 
-def train_flops(config: ModelConfig, settings, length: int) -> float:
+def train_flops(config: ModelConfig, settings: Lora, length: int) -> float:
     """Returns the operations of one step on one text: forward twice, and the gradient once.
 
     Layers are computed again in the backward pass; frozen weights have no gradient, adapters do.
@@ -94,7 +97,7 @@ def cache_bytes(config: ModelConfig, itemsize: int = 2) -> int:
 
 
 def inner_loops(
-    config: ModelConfig, cfg: Config, chip: Chip, mesh, chunk: int, work: Workload
+    config: ModelConfig, cfg: Config, chip: Chip, mesh: Mesh, chunk: int, work: Workload
 ) -> Floor:
     """Returns the floor of all inner loops of a round, `chunk` candidates at a time."""
     loops = cfg.outer.contexts * cfg.sampling.n * cfg.outer.seeds
@@ -118,7 +121,7 @@ def inner_loops(
 def generation(
     config: ModelConfig,
     chip: Chip,
-    mesh,
+    mesh: Mesh,
     layout: sharding.Layout,
     *,
     sequences: int,
@@ -145,7 +148,7 @@ def generation(
     )
 
 
-def finetuning(config: ModelConfig, cfg: Config, chip: Chip, mesh, work: Workload) -> Floor:
+def finetuning(config: ModelConfig, cfg: Config, chip: Chip, mesh: Mesh, work: Workload) -> Floor:
     """Returns the floor of finetuning the policy on the kept self-edits of a round."""
     sft = cfg.outer.sft
     rows = cfg.outer.contexts * (cfg.outer.keep or cfg.sampling.n)
@@ -166,7 +169,7 @@ def round_of(
     config: ModelConfig,
     cfg: Config,
     chip: Chip,
-    mesh,
+    mesh: Mesh,
     layout: sharding.Layout,
     *,
     chunk: int,

@@ -3,8 +3,11 @@
 b batch            t tokens           s tokens attended to   d model
 n query heads      k key/value heads  g n // k               h head
 f feed-forward     v vocabulary       l layers               r LoRA rank
-c candidate self-edits                i inner steps          m slots (groups of training texts)
+c candidate self-edits                i inner steps          q sequences of one prompt
+m slots of a bucket (`slots`), or places for generated tokens (`model.Cache`)
+w groups of a call (`residents`)      p candidates of a group
 nh, kh: heads and their width as one axis. ex: an adapter's numbers in rows (`lora.Form`).
+Grammars and the judge's trees, which are no models, have letters of their own.
 """
 
 import typing

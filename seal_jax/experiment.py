@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from seal_jax import (
     checkpoint,
+    files,
     held_out,
     judge,
     judge_model,
@@ -36,7 +37,7 @@ from seal_jax.tasks.registry import load_task
 class Report(NamedTuple):
     """What a run came to: its folder, a summary of each round, and the held-out table."""
 
-    folder: Path
+    folder: files.AnyPath
     rounds: list[runs.Record]
     table: list[Row]
 
@@ -83,7 +84,7 @@ def _run(cfg: Config, folder: str | Path | None) -> Report:
         return _rounds(cfg, task, mesh, path)
 
 
-def _rounds(cfg: Config, task: Task, mesh: Mesh | None, path: Path) -> Report:
+def _rounds(cfg: Config, task: Task, mesh: Mesh | None, path: files.AnyPath) -> Report:
     """Returns the report of all rounds and the table, in a folder of our own."""
     models = Policies(checkpoint.load_model(cfg.model, mesh=mesh), cfg.outer.adapt)
     metrics = runs.Metrics(path, cfg.trackers, cfg.name)
@@ -144,7 +145,7 @@ def one_round(
     policy: Saved,
     task: Task,
     contexts: Sequence[Context],
-    path: Path,
+    path: files.AnyPath,
     number: int,
     cfg: Config,
     metrics: runs.Metrics,
@@ -206,7 +207,7 @@ def one_control_round(
     policy: Saved,
     task: Task,
     contexts: Sequence[Context],
-    path: Path,
+    path: files.AnyPath,
     number: int,
     cfg: Config,
 ) -> Saved:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -56,10 +57,42 @@ def read(file: AnyPath) -> bytes | None:
     return data[1:] if data else None
 
 
+def read_settings(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file on this machine, as model and adapter folders hold them.
+
+    Raises:
+      SealError: names the file, where it is not there or holds anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SealError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SealError(f"{file}: holds no settings")
+    return content
+
+
 def check_free(folder: Path) -> None:
     """Raises SealError where something stands in the way of a new folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SealError(f"{folder}: already there and not empty; nothing was written")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which becomes `folder` when it is whole.
+
+    Raises:
+      SealError: where something stands in the way.
+    """
+    check_free(folder)
+    work = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    yield work
+    if folder.exists():
+        folder.rmdir()
+    work.rename(folder)
 
 
 def make_folder(folder: AnyPath) -> None:

@@ -8,6 +8,8 @@ import jax
 from seal_jax.errors import SealError
 
 GIB = 1 << 30
+HEAD_ROOM = 0.1
+"""Share of a device's memory that no program is planned to take."""
 
 
 class Chip(NamedTuple):
@@ -42,7 +44,7 @@ MEMORY = {  # bytes of a device that the compiler allows a program
     "v6e": int(31.25 * GIB),
     "tpu7x": int(94.75 * GIB),
 }
-GPUS = {  # by a part of the device's name; dense bfloat16
+GPUS = {  # by a word of the device's name; dense bfloat16
     "H200": Chip(989e12, 4800e9, 900e9),
     "H100": Chip(989e12, 3350e9, 900e9),
     "A100": Chip(312e12, 2039e9, 600e9),
@@ -79,6 +81,11 @@ def memory_of(array: jax.Array) -> int | None:
     """Returns the bytes of the device that an array is on; None where it does not say (a CPU)."""
     stats = array.addressable_shards[0].device.memory_stats() or {}
     return stats.get("bytes_limit")
+
+
+def gpu(kind: str) -> Chip | None:
+    """Returns the peak figures of a GPU by the name JAX has for it; None where it is not known."""
+    return next((chip for name, chip in GPUS.items() if re.search(rf"\b{name}\b", kind)), None)
 
 
 def slice_of(name: str) -> Slice:

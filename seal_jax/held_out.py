@@ -1,9 +1,8 @@
 """The table on held-out contexts: each condition's mean reward, asked without the context."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from seal_jax import outer, runs, stats, table
+from seal_jax import files, outer, runs, stats, table
 from seal_jax.batching import SelfEdit
 from seal_jax.config import Config
 from seal_jax.errors import SealError
@@ -16,7 +15,7 @@ def evaluate(
     models: Policies,
     policies: dict[str, Saved],
     task: Task,
-    path: Path,
+    path: files.AnyPath,
     cfg: Config,
     metrics: runs.Metrics,
 ) -> list[Row]:
@@ -99,7 +98,7 @@ def _slug(name: str) -> str:
     return name.replace(" ", "_").replace("-", "_")
 
 
-def _row(name, lm, task, edits, home: Path, cfg: Config, metrics) -> Row:
+def _row(name, lm, task, edits, home: files.AnyPath, cfg: Config, metrics) -> Row:
     """Returns a condition's mean reward on each context, over its self-edits and seeds."""
     key = outer.key_of(cfg, "inner", "held-out")
     file = home / f"{_slug(name)}.jsonl"

@@ -85,7 +85,10 @@ def adapt(
     *,
     remat: bool = False,
 ) -> tuple[Adapter, Measures]:
-    """Returns one candidate's adapter after its inner loop, and measures [i]: see `fit`."""
+    """Returns one candidate's adapter after its inner loop, and measures [i]: see `fit`.
+
+    The weights are frozen. The loss of an adapter that diverged is NaN from then on.
+    """
 
     def loss_of(adapter, tokens_bt, weights_bt, segments_bt):
         value = optim.loss(params, adapter, tokens_bt, weights_bt, segments_bt, remat=remat)
@@ -103,7 +106,14 @@ def adapt_slots(
     settings: config_lib.Inner,
     remat: bool = False,
 ) -> tuple[Adapter, Measures]:
-    """Returns the adapters [c, ...] and measures [c, i] of a chunk; the base has no `c` axis."""
+    """Returns the adapters [c, ...] and measures [c, i] of a chunk.
+
+    Args:
+      params: Frozen, without a `c` axis.
+      adapters: Where the candidates begin; donated.
+      settings: As `loop_settings` makes them (static).
+      remat: See `optim.loss` (static).
+    """
     one = functools.partial(adapt, settings=settings, remat=remat)
     axes = Slots(**_AXES)
     trained, measures = sharding.vmap(one, in_axes=(None, 0, axes))(params, adapters, slots)
@@ -111,7 +121,9 @@ def adapt_slots(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings"))
-def init_many(config, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array) -> Adapter:
+def init_many(
+    config: ModelConfig, settings: config_lib.Lora, key: jax.Array, ids_c: jax.Array
+) -> Adapter:
     """Returns a fresh adapter for each candidate; a candidate's depends on `key` and its id."""
     one = lambda name: lora.init(config, settings, jax.random.fold_in(key, name))
     return sharding.pin(sharding.vmap(one)(ids_c), config, stacked=True)
@@ -157,7 +169,11 @@ def price(config: ModelConfig) -> Price:
 
 
 def adapt_chunk(
-    params: Params, batch: Batch, chunk: slots_lib.Chunk, key: jax.Array, lora_settings
+    params: Params,
+    batch: Batch,
+    chunk: slots_lib.Chunk,
+    key: jax.Array,
+    lora_settings: config_lib.Lora,
 ) -> tuple[Adapter, jax.Array]:
     """Returns the adapters [c, ...] and losses [c, i] of one chunk, fillers included.
 
@@ -214,6 +230,9 @@ def adapt_many(
 
     Args:
       cfg: `cfg.lora` is read; the inner loop's settings came with the batch.
+
+    Raises:
+      SealError: where the batch is empty, or has token ids that the model does not know.
     """
     if not len(batch):
         raise SealError("adapt_many: no self-edits were given")
@@ -246,8 +265,7 @@ def _joined(chunks: list[Adapter], back: jax.Array) -> Adapter:
 
 def diverged(batch: Batch, adapters: Adapter, losses: np.ndarray) -> np.ndarray:
     """Returns which candidates [c] diverged, in whatever step: no loss is seen after the last."""
-    count = [c.epochs * _slot_count(c, batch.settings) for c in batch.candidates]
-    finite = [np.isfinite(row[:n]).all() for row, n in zip(losses, count, strict=True)]
+    finite = [np.isfinite(row[:n]).all() for row, n in zip(losses, batch.total, strict=True)]
     return ~(np.array(finite, bool) & sharding.fetch(sound(adapters)))
 
 
@@ -255,8 +273,3 @@ def diverged(batch: Batch, adapters: Adapter, losses: np.ndarray) -> np.ndarray:
 def sound(adapters: Adapter) -> jax.Array:
     """Returns which of the adapters [c, ...] are `optim.sound`."""
     return jax.vmap(optim.sound)((adapters.a, adapters.b))
-
-
-def _slot_count(candidate: batching.Candidate, settings: config_lib.Inner) -> int:
-    n = len(candidate.texts)
-    return min(n, 1) if not settings.batch_size else -(-n // settings.batch_size)

@@ -15,11 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seal_jax import config, judge_features, judge_trees, multihost
+from seal_jax import (
+    checkpoint,
+    config,
+    judge_features,
+    judge_model,
+    judge_openai,
+    judge_trees,
+    multihost,
+)
 from seal_jax.errors import SealError
+from seal_jax.tasks.grading import Item
 
-Item = tuple[str, str, str]
-"""Question, gold answer, answer."""
 Judge = Callable[[Sequence[Item]], list[bool]]
 
 
@@ -29,14 +36,13 @@ def load(settings: config.Task, generate: Callable[[list[str]], list[str]] | Non
     Args:
       settings: Of the task; `settings.openai` is read for that judge only.
       generate: Prompts to replies, greedily; the judge `model` needs it.
+
+    Raises:
+      SealError: where that judge is asked for and none is given.
     """
     if settings.judge == "openai":
-        from seal_jax import judge_openai  # lazily, as its imports would be circular
-
         return judge_openai.Judge(settings.openai)
     if settings.judge == "model":
-        from seal_jax import judge_model
-
         if generate is None:
             raise SealError(
                 "task.judge=model: no model was given to judge with, as "
@@ -55,12 +61,8 @@ def check(settings: config.Task) -> None:
     if not multihost.leads():
         return
     if settings.judge == "openai":
-        from seal_jax import judge_openai
-
         judge_openai.check(settings.openai)
     if settings.judge == "model" and settings.judge_model:
-        from seal_jax import checkpoint
-
         checkpoint.read_config(checkpoint.find(settings.judge_model))
 
 

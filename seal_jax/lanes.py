@@ -19,9 +19,9 @@ import numpy as np
 
 from seal_jax import slots as slots_lib
 from seal_jax import visits
-from seal_jax.batching import Batch, steps_of
+from seal_jax.batching import Batch, Step
 from seal_jax.slots import Chunk
-from seal_jax.visits import Move, Price, Size, Step, Visit
+from seal_jax.visits import Move, Price, Size, Visit
 
 _ALIKE = 512  # of calls with more tokens, steps of several candidates share a row
 LOSSES = 512  # room for the losses of a candidate, so that few programs differ in it
@@ -34,11 +34,14 @@ class Lanes(NamedTuple):
 
     Attributes:
       start: Who moves in before the first call.
+      visits: The calls, in order.
       steps: Per candidate, the steps of an epoch.
+      learning_rate_c: Peak rate.
       total_c: Steps each candidate takes.
       idle: Those who take none.
       residents: Candidates whose states are held at a time, on each device.
       room: Losses to keep of each, the same for all chunks.
+      eos_id: Fills what is padding.
       parts: Devices; an equal part of the candidates is on each.
     """
 
@@ -59,7 +62,8 @@ class Shapes(NamedTuple):
 
     Attributes:
       packed: Whether steps of several residents share a row.
-      residents, chunk: Candidates held at a time and those of a chunk, on each device.
+      residents: Candidates whose states are held at a time, on each device.
+      chunk: Candidates of a chunk, on each device.
       room: Losses kept of each.
       calls: The shapes of calls (width, Size) that packing chooses from.
     """
@@ -75,17 +79,15 @@ def shapes_of(
     batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None, parts: int = 1
 ) -> Shapes:
     """Returns the shapes of a batch; the arguments are those of `arrange`."""
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
-    most = 1 << max(len(steps) - 1, 0).bit_length()
-    residents = -(-min(residents or len(steps), most) // parts)
+    most = 1 << max(len(batch) - 1, 0).bit_length()
+    residents = -(-min(residents or len(batch), most) // parts)
     most = -(-most // parts)
     room = LOSSES
-    while room < max(total, default=0):
+    while room < max(batch.total, default=0):
         room *= 2
     packed = visits.most_tokens(tokens) > _ALIKE if packed is None else packed
-    packed = any(total) and (parts > 1 or (packed and residents > 1))
-    calls = visits.shapes_for(steps, residents, tokens) if packed else []
+    packed = any(batch.total) and (parts > 1 or (packed and residents > 1))
+    calls = visits.shapes_for(batch.steps, residents, tokens) if packed else []
     return Shapes(
         packed, residents, min(GROUP * residents, most) if packed else residents, room, calls
     )
@@ -102,16 +104,13 @@ class Call(NamedTuple):
     room: int = 0
 
 
-def largest_call(
-    batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None, parts: int = 1
-) -> Call:
+def largest_call(batch: Batch, residents: int, tokens: int = 0, parts: int = 1) -> Call:
     """Returns the call with the most tokens that `arrange` plans; the arguments are its own."""
-    shapes = shapes_of(batch, residents, tokens, packed, parts)
+    shapes = shapes_of(batch, residents, tokens, parts=parts)
     if shapes.packed:
         width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
     else:
-        steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-        size = max(map(visits.size_of, itertools.chain(*steps)), key=lambda s: s.rows * s.t)
+        size = max(map(visits.size_of, itertools.chain(*batch.steps)), key=lambda s: s.rows * s.t)
         width = visits.width_of(size, shapes.residents, tokens)
         size = size._replace(predicted=size.t)
     return Call(shapes.residents, width, size, shapes.chunk, shapes.room)
@@ -139,8 +138,7 @@ def arrange(
       price: Where they do not: what a program must be worth; None: a program for every size.
       parts: Devices; with several, calls are packed.
     """
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(s) for c, s in zip(batch.candidates, steps, strict=True)]
+    steps, total = batch.steps, batch.total
     order = slots_lib.by_work(batch)
     shapes = shapes_of(batch, residents, tokens, packed, parts)
     # Of all chunks together, so that their number changes no size.
@@ -164,10 +162,7 @@ def arrange(
         idle = tuple(int(at) for at in places if not counts[at])
         sizes_of = (residents, shapes.room, batch.eos_id, parts)
         lanes = Lanes(*plan, own, rates, counts, idle, *sizes_of)
-        useful = sum(
-            batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
-            for i in group
-        )
+        useful = slots_lib.useful(batch, group)
         processed = sum(v.tokens for v in plan.visits)
         # A place left empty in a row of many costs next to nothing; a row of its own costs all.
         executed = sum(len(v.lanes) if shapes.packed else v.width for v in plan.visits)

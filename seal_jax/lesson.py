@@ -8,6 +8,7 @@ import numpy as np
 from seal_jax import (
     batching,
     checkpoint,
+    files,
     inner,
     judge,
     judge_model,
@@ -67,8 +68,8 @@ def _teach(cfg: Config, passage: Path | None, out: Path | None) -> Lesson:
     task = _task(cfg, passage)
     context = _context(task, passage)
     judge.check(cfg.task)
-    if out is not None and multihost.agree(lambda: b"full" if _full(out) else b""):
-        raise SealError(f"{out}: already there and not empty")
+    if out is not None:
+        multihost.agree(lambda: files.check_free(out) or b"")
     lm = checkpoint.load_model(cfg.model, mesh=sharding.make(cfg.mesh))
     key = outer.key_of(cfg, "lesson")
     ready = readers.ready(lm, cfg.mesh)
@@ -102,10 +103,6 @@ def _questions(task: Task, context: Context) -> list[tuple[str, str]]:
     if context.questions:
         return [(own.text or own.prompt, own.gold) for own in context.questions]
     return [(f"question {i}", own.gold) for i, own in enumerate(asked, 1)]
-
-
-def _full(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
 
 
 def _task(cfg: Config, passage: Path | None) -> Task:

@@ -49,6 +49,12 @@ class Adapter:
     def rank(self) -> int:
         return next(iter(self.a.values())).shape[-1]
 
+    @property
+    def count(self) -> int:
+        """How many are stacked, [c, ...]; 0 for a single one, which has no such axis."""
+        leaf = next(iter(self.a.values()))
+        return leaf.shape[0] if leaf.ndim == 4 else 0
+
 
 def shapes(config: "ModelConfig", settings: config_lib.Lora) -> Adapter:
     """Returns the adapter with every array replaced by its jax.ShapeDtypeStruct."""
@@ -89,7 +95,14 @@ def project(
     scale: float = 1.0,
     ranks: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns x·(weight + scale·a·b) + bias without ever forming the sum, in x's dtype."""
+    """Returns x·(weight + scale·a·b) + bias without ever forming the sum, in x's dtype.
+
+    Args:
+      x: [..., in].
+      weight: [in, out].
+      factors: a [in, r] and b [r, out] of an adapter.
+      ranks: See `change`.
+    """
     y = x @ weight.astype(x.dtype)
     if factors is not None:
         y += change(x, factors, scale, ranks)
@@ -105,7 +118,7 @@ def change(
     """Returns x·(scale·a·b), what an adapter adds to a projection of x, in x's dtype.
 
     Args:
-      ranks: Which of the ranks act, of each row of x; all, if None. See `side_by_side`.
+      ranks: Which of the ranks act, for each row of x [..., r]; all, if None. See `side_by_side`.
     """
     a, b = factors
     inner = x @ a.astype(x.dtype)
@@ -242,8 +255,10 @@ class Form(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and row of what holds it, zeros at the end. Of plain numbers [n], those of some
-        candidates cannot be changed on a TPU: its compiler does not come to an end."""
+        """Of the array that holds it: rows, and numbers in a row; zeros fill the last one.
+
+        In one long row [n] a TPU's compiler comes to no end where some candidates' are changed.
+        """
         numbers = sum(math.prod(a) + math.prod(b) for _, a, b in self.targets)
         return -(-numbers // _ROW), _ROW
 
@@ -266,11 +281,11 @@ def flat(adapter: Adapter) -> jax.Array:
 
 def unflat(numbers_ex: jax.Array, form: Form) -> Adapter:
     """Returns the adapter whose numbers these are."""
-    numbers_p = numbers_ex.ravel()
+    numbers = numbers_ex.ravel()
     a, b, start = {}, {}, 0
     for name, *shapes in form.targets:
         for home, shape in zip((a, b), shapes, strict=True):
             end = start + math.prod(shape)
-            home[name] = numbers_p[start:end].reshape(shape)
+            home[name] = numbers[start:end].reshape(shape)
             start = end
     return Adapter(a, b, form.scale)

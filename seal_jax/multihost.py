@@ -102,7 +102,7 @@ def agree(act: Callable[[], bytes]) -> bytes:
     """Returns what `act` returns in process 0, where alone it runs.
 
     Raises:
-      SealError: in every process, where `act` raises one.
+      Exception: in process 0 what `act` raises; in the others a SealError that says the same.
     """
     if jax.process_count() == 1:
         return act()
@@ -206,8 +206,9 @@ def _watch(settings: config_lib.Distributed) -> Callable[[str], None]:
     def tell(reason: str, skip: int = -1) -> None:
         over.set()
         for number, line in lines.items():
-            with contextlib.suppress(OSError):
-                line.sendall((json.dumps(reason) + "\n").encode()) if number != skip else None
+            if number != skip:
+                with contextlib.suppress(OSError):
+                    line.sendall((json.dumps(reason) + "\n").encode())
 
     def listen(number: int, line: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -230,7 +231,9 @@ def _watch(settings: config_lib.Distributed) -> Callable[[str], None]:
     return tell
 
 
-def _welcome(listener: socket.socket, token: str, settings: config_lib.Distributed):
+def _welcome(
+    listener: socket.socket, token: str, settings: config_lib.Distributed
+) -> dict[int, socket.socket]:
     """Returns a line to every other process, by its number; strangers are turned away."""
     lines: dict[int, socket.socket] = {}
     listener.settimeout(settings.start_s)

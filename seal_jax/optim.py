@@ -25,8 +25,8 @@ def token_nll(
     """Returns -log p(target) of each position, [b, t], float32, from final activations.
 
     Args:
-      frozen: The head is not trained: the gradient by activations is computed along with the
-        values, so that logits are neither kept nor computed twice.
+      frozen: The head is not trained (static): the gradient with respect to activations is
+        computed along with the values, so that logits are neither kept nor computed twice.
     """
     v = params.config.vocab_size
     b, t = targets_bt.shape
@@ -44,8 +44,10 @@ def token_nll(
     return parts.swapaxes(0, 1).reshape(b, -1)[:, :t]
 
 
-def _nll(params: Params, x: jax.Array, targets: jax.Array):
-    """Returns -log p of targets, and what its gradient by logits needs.
+def _nll(
+    params: Params, x: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, tuple[list[jax.Array], jax.Array, list[jax.Array]]]:
+    """Returns -log p of targets, and what its gradient with respect to the logits needs.
 
     Each part of the head is gone through by itself: joined, all logits would be copied.
     """
@@ -105,6 +107,7 @@ def loss(
       weights_bt: How much predicting *this* token counts. The first of a text is never predicted:
         its weight only enlarges the divisor, as in transformers' Trainer.
       segments_bt: See `model.hidden`; a text's first token is never predicted from another text.
+      remat: See `model.hidden` (static).
       predicted: No row has more tokens with weight than this (static): logits are made of so many
         places alone, where the weights are. 0 makes them everywhere.
     """

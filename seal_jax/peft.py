@@ -6,7 +6,6 @@ What cannot be honoured is refused by name: an adapter read back acts exactly as
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,13 @@ def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config | Mod
     Args:
       adapter: Of one candidate; `lora.take` picks one of many.
       cfg: `cfg.model.path` is written down as the base model; an architecture names none.
+
+    Raises:
+      SealError: for stacked adapters, or where something stands in the folder already.
     """
     folder = Path(folder).expanduser().absolute()
     check_single(adapter)
     model = cfg.model if isinstance(cfg, config_lib.Config) else None
-    files.check_free(folder)
     tensors = {}
     for target, a in adapter.a.items():
         for part, value in (("A", a), ("B", adapter.b[target])):
@@ -81,14 +82,9 @@ def save_peft(adapter: Adapter, folder: str | Path, cfg: config_lib.Config | Mod
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    work = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    safetensors.numpy.save_file(tensors, work / _WEIGHTS, metadata={"format": "pt"})
-    (work / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    work.rename(folder)
+    with files.new_folder(folder) as work:
+        safetensors.numpy.save_file(tensors, work / _WEIGHTS, metadata={"format": "pt"})
+        (work / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -162,12 +158,7 @@ def _alpha(adapter: Adapter) -> float:
 
 def _settings(file: Path) -> tuple[int, float, list[str] | None]:
     """Returns rank, scale and the targets, where they are a list of names."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SealError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise SealError(f"{file}: holds no settings")
+    raw = files.read_settings(file)
     for key, value in raw.items():
         allowed = _ALLOWED.get(key, (None, False))
         # By type as well: layer 0 is not "no layers".

@@ -19,7 +19,6 @@ from seal_jax.config import Config
 from seal_jax.errors import SealError
 from seal_jax.progress import say
 
-HEAD_ROOM = 0.1
 _WORKER = "import sys; from seal_jax import plan; sys.exit(plan.worker())"
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -121,11 +120,10 @@ def _place(topology: str | None) -> Place:
     if topology is None:
         devices = jax.devices()
         kind = devices[0].device_kind
-        chip = next((c for name, c in hardware.GPUS.items() if name in kind), None)
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")
         if memory is None:  # a CPU: its devices share the machine's memory
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-        return Place(f"{len(devices)} x {kind}", devices, chip, memory)
+        return Place(f"{len(devices)} x {kind}", devices, hardware.gpu(kind), memory)
     from jax.experimental import topologies
 
     wanted = hardware.slice_of(topology)
@@ -163,7 +161,7 @@ def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]
         cfg=cfg,
         config=config,
         mesh=mesh,
-        limit=int(place.limit * (1 - HEAD_ROOM)),
+        limit=int(place.limit * (1 - hardware.HEAD_ROOM)),
         layout=layout,
         weights=weights,
         copy=copy,
@@ -189,7 +187,7 @@ def compile_all(request: Request, tell: Callable[[str], None]) -> dict[str, Any]
         "mesh": dict(mesh.shape),
         "decode layout": layout if mesh.size > 1 else "whole",
         "bytes allowed": place.limit,
-        "head-room": HEAD_ROOM,
+        "head-room": hardware.HEAD_ROOM,
         "tokens": own.tokens,
         "lora": dataclasses.asdict(cfg.lora),
         "fits": all(fit.fits for fit in stages.values()),

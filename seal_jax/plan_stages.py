@@ -45,6 +45,7 @@ class Setting(NamedTuple):
 
     @property
     def parts(self) -> int:
+        """Devices that share out candidates."""
         return sharding.data_size(self.mesh)
 
     @property
@@ -122,7 +123,7 @@ def write(own: Setting) -> Fit:
     settings = own.cfg.sampling
     token = costs.cache_bytes(own.config, own.itemsize)
     each = token * (own.work.prompt / settings.n + settings.max_tokens)
-    each += 6 * 4 * own.config.vocab_size  # logits, sorted and not
+    each += 6 * 4 * own.config.vocab_size  # logits, and what is made of them to draw
     at = _at(
         own,
         f"self-edits of {settings.max_tokens} tokens",

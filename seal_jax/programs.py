@@ -167,10 +167,10 @@ def writing(
         (parts, rows, prompt),
         samples=cfg.sampling.n,
         room=cfg.sampling.max_tokens,
-        greedy=not cfg.sampling.temperature,
-        scored=True,
-        nucleus=bool(cfg.sampling.temperature) and cfg.sampling.top_p < 1,
         own_adapters=False,
+        greedy=not cfg.sampling.temperature,
+        nucleus=bool(cfg.sampling.temperature) and cfg.sampling.top_p < 1,
+        scored=True,
     )
 
 
@@ -193,10 +193,10 @@ def answering(
         (candidates, questions, prompt),
         samples=1,
         room=cfg.answers.max_tokens,
-        greedy=True,
-        scored=False,
-        nucleus=False,
         own_adapters=True,
+        greedy=True,
+        nucleus=False,
+        scored=False,
     )
 
 
@@ -245,7 +245,20 @@ def memory(program: Any) -> Memory:
     )
 
 
-def _generation(params, mesh, adapters, shape, **static) -> Any:
+def _generation(
+    params: Any,
+    mesh: Mesh,
+    adapters: Any,
+    shape: tuple[int, int, int],
+    *,
+    samples: int,
+    room: int,
+    own_adapters: bool,
+    greedy: bool,
+    nucleus: bool,
+    scored: bool,
+) -> Any:
+    """Returns the lowered `decoding.run` of prompts of this shape, [c, b, t]."""
     over, whole = sharding.candidates(mesh), sharding.replicated(mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=whole)
@@ -257,9 +270,9 @@ def _generation(params, mesh, adapters, shape, **static) -> Any:
         temperature=scalar(jnp.float32),
         top_p=scalar(jnp.float32),
         grammar=None,
-        greedy=static.pop("greedy"),
-        nucleus=static.pop("nucleus"),
-        scored=static.pop("scored"),
+        greedy=greedy,
+        nucleus=nucleus,
+        scored=scored,
         columns=sharding.splits_vocabulary(params),
     )
     with sharding.use(mesh):
@@ -269,7 +282,9 @@ def _generation(params, mesh, adapters, shape, **static) -> Any:
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=over),
             jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=over),
             draws,
-            **static,
+            samples=samples,
+            room=room,
+            own_adapters=own_adapters,
         )
 
 

@@ -55,12 +55,13 @@ def _work(lanes: Lanes, visit: Visit, taken: np.ndarray, home: np.ndarray) -> Wo
       home: Where each candidate is resident.
     """
     share = len(lanes.total_c) // lanes.parts
-    _, _, t, places = rows_t = (visit.width, visit.size.rows, visit.size.t, visit.size.places)
-    size, wp = rows_t[:3], (visit.width, places)
+    t, places = visit.size.t, visit.size.places
+    size, wp = (visit.width, visit.size.rows, t), (visit.width, places)
     tokens = np.full(size, lanes.eos_id, np.int32)
     weights, segments = np.zeros(size, np.int8), np.zeros(size, np.int32)
     place = np.full(size, -1, np.int8)
-    resident, candidate = np.full(wp, lanes.residents, np.int32), np.full(wp, share, np.int32)
+    resident = np.full(wp, lanes.residents, np.int32)
+    candidate = np.full(wp, share, np.int32)
     rates, steps, totals = np.zeros(wp, np.float32), np.zeros(wp, np.int32), np.zeros(wp, np.int32)
     used = np.zeros(visit.width, int)
     for i, j, at in visit.lanes:
@@ -127,8 +128,8 @@ def advance(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the residents' states after one step of some, and the candidates' losses.
 
-    Both are changed in place. The state is a single array for that: of several, XLA copies those
-    that it may still read for another one's change, all residents' at every step.
+    Both are changed in place. That is why the state is a single array: of several, XLA would copy
+    at every step, for all residents, those that it may still have to read.
 
     Args:
       state_c3ex: Adapters and Adam's two moments, flat.
@@ -260,6 +261,7 @@ def _joined(tree: Any) -> Any:
 
 
 def _guarded(name: Hashable, call: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+    """Returns call(*arrays); only one thread makes the first call of a program of this name."""
     with streams.first_call(name):
         made = call(*arrays)
     if sharding.current() is not None and jax.default_backend() == "cpu":

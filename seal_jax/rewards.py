@@ -13,6 +13,7 @@ from seal_jax import (
     checkpoint,
     chunks,
     inner,
+    judge_openai,
     lora,
     multihost,
     readers,
@@ -86,10 +87,13 @@ def score(
     Args:
       adapters: Stacked [c, ...], an equal number for each context, in order of contexts. A single
         one, or None for the bare model, is scored once for each context.
+
+    Raises:
+      SealError: where the adapters cannot be shared out among the contexts, or the judge fails.
     """
-    if adapters is not None and next(iter(adapters.a.values())).ndim == 3:
+    if adapters is not None and not adapters.count:
         adapters = lora.stack([adapters] * len(contexts))
-    c = next(iter(adapters.a.values())).shape[0] if adapters is not None else len(contexts)
+    c = len(contexts) if adapters is None else adapters.count
     if not contexts or c % len(contexts):
         raise SealError(f"{c} adapters cannot be shared out among {len(contexts)} contexts")
     each = [context for context in contexts for _ in range(c // len(contexts))]
@@ -116,22 +120,17 @@ class Outcome(NamedTuple):
 
 
 class Efficiency(NamedTuple):
-    """Of inner loops: tokens of training texts, and tokens processed to train on them (padding
-    included); steps that candidates took, and steps executed for them.
+    """How much of the work of inner loops counts.
+
+    Attributes:
+      useful, processed, executed: See `slots.Chunk`.
+      active: Steps that candidates took.
     """
 
     useful: int = 0
     processed: int = 0
     active: int = 0
     executed: int = 0
-
-    def plus(self, chunk: slots_lib.Chunk) -> "Efficiency":
-        return Efficiency(
-            self.useful + chunk.useful,
-            self.processed + chunk.processed,
-            self.active + int(np.sum(chunk.slots.total_c)),
-            self.executed + chunk.executed,
-        )
 
 
 def evaluate(
@@ -174,7 +173,9 @@ def evaluate(
             _outcome(i, own, answers[j], losses[j, : steps[j]], sound[j], batch.candidates[i], cfg)
             for i, j, own in zip(places, rows, grade(task, pairs, cfg), strict=True)
         ]
-        yield sorted(outcomes, key=lambda x: rank[x.at]), Efficiency().plus(chunk)
+        active = int(np.sum(steps))
+        some = Efficiency(chunk.useful, chunk.processed, active, chunk.executed)
+        yield sorted(outcomes, key=lambda x: rank[x.at]), some
 
 
 def _places(chunk: slots_lib.Chunk) -> list[int]:
@@ -202,15 +203,16 @@ def grade(
 ) -> list[Grade]:
     """Returns the grade of each context's answers.
 
-    Of several processes only the one that writes records asks the judge. One behind an endpoint is
-    waited for, so it is asked about many at a time.
+    Of several processes only the one that writes records asks the judge; the others get rewards of
+    0. A judge behind an endpoint is waited for, so it is asked about many at a time.
+
+    Raises:
+      SealError: where the judge fails, or the task's `grade` returns no Grade from 0 to 1.
     """
     if not multihost.leads():
         return [Grade(0.0, ()) for _ in pairs]
     if cfg.task.judge != "openai" or len(pairs) < 2:
         return [_grade(task, *pair) for pair in pairs]
-    from seal_jax import judge_openai
-
     with concurrent.futures.ThreadPoolExecutor(cfg.task.openai.concurrency) as pool:
         futures = [pool.submit(_grade, task, *pair) for pair in pairs]
         try:

@@ -40,9 +40,8 @@ def keep_memory() -> None:
 
     A program on a CPU takes its temporaries from malloc. glibc gives those of over 32 MiB back at
     once, and the system clears each page anew in the next call: a fifth of the time of calls of
-    256 tokens, as `docs/performance.md` has them.
-    Blocks of over 1 GiB are still given back. Elsewhere, and where the environment has settings of
-    malloc, nothing changes.
+    256 tokens (`docs/performance.md`). Blocks of over 1 GiB are still given back. Elsewhere, and
+    where the environment has settings of malloc, nothing changes.
     """
     told = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     if told or jax.default_backend() != "cpu":
@@ -61,8 +60,7 @@ def set_flags(settings: config_lib.Compiler) -> None:
     Raises:
       SealError: where JAX has read the environment already, as in a notebook that used it before.
     """
-    for name in ("xla_flags", "libtpu_flags"):
-        variable = {"xla_flags": "XLA_FLAGS", "libtpu_flags": "LIBTPU_INIT_ARGS"}[name]
+    for name, variable in (("xla_flags", "XLA_FLAGS"), ("libtpu_flags", "LIBTPU_INIT_ARGS")):
         present = os.environ.get(variable, "").split()
         missing = [flag for flag in getattr(settings, name) if flag not in present]
         if missing and xla_bridge.backends_are_initialized():

@@ -72,6 +72,9 @@ def decode(
       pad_to: Pad prompts to at least this length, so that several calls share one program.
       grammar: Every sequence that ends is of its language.
       logprobs: Whether log-probabilities are wanted; a step is a little faster without.
+
+    Raises:
+      SealError: for numbers out of their ranges, or a temperature without a key.
     """
     if max_tokens < 1:
         raise SealError(f"max_tokens={max_tokens}: expected at least 1")
@@ -83,7 +86,7 @@ def decode(
     temperature = temperature if temperature >= _COLDEST else 0.0
     if temperature and key is None:
         raise SealError("a temperature above 0 needs a key")
-    own = adapters is not None and next(iter(adapters.a.values())).ndim == 4
+    own = adapters is not None and adapters.count > 0
     if ids is None:
         numbers = iter(range(sum(len(rows) for rows in prompts)))
         ids = [[next(numbers) for _ in rows] for rows in prompts]
@@ -187,7 +190,7 @@ def _filled(prompts, adapters: Adapter, mesh):
 
 def _take(adapters: Adapter, tile: Tile, parts: int, config: ModelConfig) -> Adapter:
     """Returns the tile's adapters; each device takes from those it holds."""
-    share = next(iter(adapters.a.values())).shape[0] // parts
+    share = adapters.count // parts
     if tile.adapters == list(range(share * parts)):
         return adapters
     if parts == 1:
@@ -229,8 +232,7 @@ def generate(
     """
     if isinstance(prompts, str):
         raise SealError("generate: expected a list of prompts, not one text")
-    own = adapters is not None and next(iter(adapters.a.values())).ndim == 4
-    c = next(iter(adapters.a.values())).shape[0] if own else 1
+    c = 1 if adapters is None else max(1, adapters.count)
     if not prompts:
         return []
     if len(prompts) % c:

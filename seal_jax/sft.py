@@ -14,6 +14,7 @@ from seal_jax import slots as slots_lib
 from seal_jax.checkpoint import LM
 from seal_jax.config import Sft
 from seal_jax.errors import SealError
+from seal_jax.lora import Adapter
 from seal_jax.params import Params
 from seal_jax.tasks import Edit, Example
 
@@ -24,6 +25,12 @@ def finetune(
     """Returns weights finetuned on (prompt, self-edit) rows, and the loss of each step [i].
 
     The loss is on the self-edit and the token that ends it alone. By LoRA the adapter is merged.
+
+    Args:
+      key: Of the order of rows, and of the fresh adapter.
+
+    Raises:
+      SealError: without rows, or where a loss or a weight is not finite.
     """
     edit = Edit(tuple(Example(completion, prompt) for prompt, completion in rows))
     if not edit.examples:
@@ -116,7 +123,10 @@ def program(settings: Sft) -> Sft:
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
+def fit_lora(
+    params: Params, adapter: Adapter, slots: slots_lib.Slots, *, settings: Sft, remat: bool
+) -> tuple[Adapter, jax.Array]:
+    """Returns the adapter after all steps, and losses [i]; the weights are frozen."""
     loss_of = functools.partial(_mean_loss, params, remat=remat)
     pin = functools.partial(sharding.pin, config=params.config)
     adapter, measures = inner.fit(loss_of, adapter, slots, settings, pin)
@@ -124,8 +134,13 @@ def fit_lora(params, adapter, slots, *, settings: Sft, remat: bool):
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "remat"))
-def fit_all(params, slots, *, settings: Sft, remat: bool):
-    # Trained in float32, used in the model's own type.
+def fit_all(
+    params: Params, slots: slots_lib.Slots, *, settings: Sft, remat: bool
+) -> tuple[Params, jax.Array]:
+    """Returns the weights after all steps, and losses [i].
+
+    They are trained in float32, and used and returned in the model's own type.
+    """
     used = jax.tree.map(lambda x: x.dtype, params)
     cast = lambda tree: jax.tree.map(lambda x, dtype: x.astype(dtype), tree, used)
 

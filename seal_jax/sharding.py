@@ -246,7 +246,6 @@ def _relay(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 def fetch(tree: Any) -> Any:
     """Returns arrays as numpy, in every process the whole of them."""
-
     return jax.device_get(jax.tree.map(gather, tree))
 
 

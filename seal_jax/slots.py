@@ -8,13 +8,16 @@ which each text sees itself alone.
 
 import collections
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from flax import struct
 
-from seal_jax.batching import Batch, Text, steps_of
+from seal_jax.batching import Batch, Step
+
+if TYPE_CHECKING:
+    from seal_jax.lanes import Lanes
 
 _GRID = (16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768)
 _BUCKETS = 4  # programs inside the program
@@ -51,16 +54,24 @@ SHARED = ("bucket_i", "row_i", "visits")  # fields of Slots without a candidate 
 
 
 class Chunk(NamedTuple):
-    """Candidates that run together: their places in the batch (-1: filler), and their arrays."""
+    """Candidates that run together.
+
+    Attributes:
+      index: Their places in the batch, [c]; -1 is a filler.
+      slots: Their arrays; of `lanes.arrange` the texts and the calls that take them.
+      useful: Tokens of their training texts, once for each epoch.
+      processed: Tokens processed to train on them, padding included.
+      executed: Steps executed, those that train nobody included.
+    """
 
     index: np.ndarray
-    slots: Slots
+    slots: "Slots | Lanes"
     useful: int
     processed: int
     executed: int
 
 
-def _width(step: list[list[Text]]) -> int:
+def _width(step: Step) -> int:
     return max(sum(len(text.tokens) for text in row) for row in step)
 
 
@@ -105,7 +116,7 @@ def arrange(batch: Batch, chunk: int, key: jax.Array, multiple: int = 1) -> Iter
       key: Draws the order of steps in each epoch.
       multiple: Chunks are filled up to a multiple of it (of the devices that share them out).
     """
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
+    steps = batch.steps
     order = by_work(batch)
     chunk = -(-min(chunk or len(order), len(order)) // multiple) * multiple
     groups = [order[i : i + chunk] for i in range(0, len(order), chunk)]
@@ -136,7 +147,7 @@ class _Shape(NamedTuple):
     eos_id: int
 
 
-def _group_widths(group: list[list[list[list[Text]]]]) -> list[int]:
+def _group_widths(group: list[list[Step]]) -> list[int]:
     """Returns the tokens each slot needs, over a group of candidates."""
     most = max((len(own) for own in group), default=0)
     return [max(_width(own[j]) for own in group if j < len(own)) for j in range(most)]
@@ -181,10 +192,6 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
     index[: len(group)] = group
     where = np.array([place[j] for j in slot_i], np.int32).reshape(-1, 2)
     where = np.pad(where, ((0, fill), (0, 0)))
-    useful = sum(
-        batch.candidates[i].epochs * sum(len(x.tokens) for x in batch.candidates[i].texts)
-        for i in group
-    )
     padded = np.array([shape.lengths[k] * shape.rows for k in where[: len(slot_i), 0]], int)
     return Chunk(
         index,
@@ -199,7 +206,7 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
             learning_rate_c=rates,
             total_c=np.pad(slots_c * epochs_c, (0, c - len(group))).astype(np.int32),
         ),
-        useful,
+        useful(batch, group),
         int(padded.sum()) * c,
         len(slot_i) * c,
     )
@@ -207,14 +214,19 @@ def _chunk(batch, group, steps, home, shape: _Shape, key) -> Chunk:
 
 def by_work(batch: Batch) -> list[int]:
     """Returns candidates in the order in which chunks take them: those with most steps first."""
-    steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-    total = [c.epochs * len(own) for c, own in zip(batch.candidates, steps, strict=True)]
+    steps, total = batch.steps, batch.total
     longest = [_width(own[0]) if own else 0 for own in steps]
     return sorted(range(len(total)), key=lambda i: (-total[i], -len(steps[i]), -longest[i], i))
 
 
+def useful(batch: Batch, group: Sequence[int]) -> int:
+    """Returns the tokens of some candidates' training texts, once for each epoch."""
+    own = (batch.candidates[i] for i in group)
+    return sum(c.epochs * sum(len(text.tokens) for text in c.texts) for c in own)
+
+
 def write(
-    step: list[list[Text]],
+    step: Step,
     tokens_bt: np.ndarray,
     weights_bt: np.ndarray,
     segments_bt: np.ndarray,

@@ -1,14 +1,12 @@
-"""Means with standard errors, paired differences, bootstrap intervals: behind every table.
+"""Means with standard errors and paired differences: behind every table.
 
 Means are exactly rounded (`statistics.mean`), so that equal values tie exactly, in whatever order.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
-
-import numpy as np
 
 
 class Estimate(NamedTuple):
@@ -35,14 +33,6 @@ def from_record(record: Mapping[str, float | int | None]) -> Estimate:
     return Estimate(**{k: math.nan if v is None else v for k, v in found.items()})
 
 
-class Interval(NamedTuple):
-    """A statistic of the values, and the bounds of its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 def mean(values: Iterable[float]) -> float:
     """Returns the mean, exactly rounded; NaN of no values."""
     listed = [float(value) for value in values]
@@ -63,31 +53,6 @@ def paired(a: Iterable[float], b: Iterable[float]) -> Estimate:
     if len(first) != len(second):
         raise ValueError(f"paired values differ in number: {len(first)} and {len(second)}")
     return mean_se(x - y for x, y in zip(first, second, strict=True))
-
-
-def bootstrap(
-    values: Iterable[float],
-    statistic: Callable[[np.ndarray], float] = mean,
-    seed: int = 0,
-    n: int = 2000,
-    level: float = 0.95,
-) -> Interval:
-    """Returns the statistic with its percentile interval over n resamples.
-
-    Args:
-      values: One per independent unit, such as a context; rows are kept whole if they are vectors.
-      statistic: Of an array of such values.
-      seed: Same seed, same interval.
-      n: Resamples.
-      level: Share of the resampled statistics between the bounds.
-    """
-    array = np.asarray(list(values))
-    if len(array) == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    rng = np.random.default_rng(seed)
-    resampled = [statistic(array[rng.integers(0, len(array), len(array))]) for _ in range(n)]
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(statistic(array)), float(low), float(high))
 
 
 def text(estimate: Estimate, digits: int = 3) -> str:

@@ -19,6 +19,7 @@ class Row(NamedTuple):
 
     @property
     def estimate(self) -> Estimate:
+        """The mean reward, its standard error over contexts."""
         return stats.mean_se(self.rewards)
 
 

@@ -1,9 +1,12 @@
 """Prompts that are decoded together, as arrays of few shapes."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+Prompts = Sequence[Sequence[Sequence[int]]]
+"""Token ids [c][b][t]."""
 
 _LONG = (1024, 2048, 4096, 8192)  # tokens that long prompts are padded to
 
@@ -21,7 +24,7 @@ class Tile(NamedTuple):
 
 
 def arrange(
-    prompts, t: int, at_once: Callable[[int], int], own: bool, parts: int = 1
+    prompts: Prompts, t: int, at_once: Callable[[int], int], own: bool, parts: int = 1
 ) -> list[Tile]:
     """Returns the rows that run together, in tiles of few shapes.
 
@@ -31,6 +34,7 @@ def arrange(
     Args:
       t: Tokens that the longest prompt is padded to.
       at_once: Rows of a tile of prompts of so many tokens.
+      own: Whether each c has an adapter of its own.
       parts: Devices that share out a tile, an equal part of c (or of the rows) for each.
     """
     every = [[(c, b) for b in range(len(rows))] for c, rows in enumerate(prompts)]
@@ -83,7 +87,9 @@ def _padded(length: int, t: int) -> int:
     return next((size for size in _LONG if length <= size < t), t)
 
 
-def arrays(tile: Tile, prompts, ids) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrays(
+    tile: Tile, prompts: Prompts, ids: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns tokens [c, b, t], lengths [c, b] and names [c, b]; length 0 marks a filler."""
     shape = (len(tile.rows), tile.width)
     tokens = np.zeros((*shape, tile.t), np.int32)
@@ -96,5 +102,5 @@ def arrays(tile: Tile, prompts, ids) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return tokens, lengths, names
 
 
-def _at(prompts, place: tuple[int, int]) -> Sequence[int]:
+def _at(prompts: Sequence[Sequence[Any]], place: tuple[int, int]) -> Any:
     return prompts[place[0]][place[1]]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from seal_jax.batching import Text
+from seal_jax.batching import Step
 
 # Tokens of a text are padded to one of these, closest where most lines of real self-edits end: of
 # their tokens 85 to 88 in 100 are then useful, in about ten programs.
@@ -22,8 +22,6 @@ TOKENS = {"cpu": 64, "other": 4096}
 _ROW = 256  # tokens in a row of several candidates, where nine in ten steps fit
 _PLACES = 8  # candidates in a row at most: each costs the adapters' products once more
 _CALL = 256  # a call takes as long as so many tokens more than it has
-
-Step = list[list[Text]]  # rows of texts
 
 
 class Size(NamedTuple):
@@ -61,8 +59,12 @@ class Lane(NamedTuple):
 
 
 class Move(NamedTuple):
-    """At a resident's place on its device, who is done (-1: nobody) makes room for the next (-1:
-    for nobody)."""
+    """A change at a resident's place on its device.
+
+    Attributes:
+      leaves: The candidate who is done; -1: nobody was there.
+      enters: The next one; -1: nobody.
+    """
 
     resident: int
     leaves: int
@@ -79,6 +81,7 @@ class Visit(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of the call, padding included."""
         return self.width * self.size.rows * self.size.t
 
 
@@ -95,7 +98,7 @@ def tokens_of(step: Step) -> int:
 
 
 def counted(step: Step) -> int:
-    """Returns how many of them are predicted."""
+    """Returns how many tokens of a step count in its loss."""
     return sum(int(np.count_nonzero(text.weights)) for row in step for text in row)
 
 
@@ -233,8 +236,14 @@ def packed(
     return Plan(start, visits)
 
 
-def _fill(waiting, width: int, size: Size) -> tuple[dict[int, int], int]:
-    """Returns which candidates find a place, and the tokens they bring."""
+def _fill(
+    waiting: Sequence[tuple[int, int, int]], width: int, size: Size
+) -> tuple[dict[int, int], int]:
+    """Returns which candidates find a place, and the tokens they bring.
+
+    Args:
+      waiting: Of each a candidate, the tokens of its next step, and how many of them count.
+    """
     free = [size.t] * width
     rest = [size.predicted] * width
     used = [0] * width
@@ -254,7 +263,9 @@ def _fill(waiting, width: int, size: Size) -> tuple[dict[int, int], int]:
     return placed, useful
 
 
-def shapes_for(steps: Sequence[list[Step]], residents: int, tokens: int = 0) -> list:
+def shapes_for(
+    steps: Sequence[list[Step]], residents: int, tokens: int = 0
+) -> list[tuple[int, Size]]:
     """Returns the shapes (width, Size) that `packed` chooses from: two, for each is a program.
 
     Rows that hold nine in ten steps, as many as the residents fill at once; and a single one that
@@ -301,6 +312,7 @@ class _Progress:
         self.live = {move.enters: move.resident for move in self.start}  # and where they are
 
     def next(self, i: int) -> int:
+        """Returns the step that a candidate takes next."""
         return int(self.queues[i][self.at[i]])
 
     def first(self) -> list[int]:

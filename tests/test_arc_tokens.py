@@ -8,12 +8,12 @@ from transformers import PreTrainedTokenizerFast
 from seal_jax import checkpoint
 from seal_jax.tasks import arc
 from seal_jax.tasks.arc import compact, edits, grids
-from seal_jax.tiny import grid_tokens
+from seal_jax.tiny import grid_tokens, tokens
 
 
 def test_every_word_is_one_token_and_comes_back(tmp_path):
-    grid_tokens.save(grid_tokens.build(), tmp_path / "a")
-    grid_tokens.save(grid_tokens.build(), tmp_path / "b")
+    tokens.save(grid_tokens.build(), tmp_path / "a")
+    tokens.save(grid_tokens.build(), tmp_path / "b")
     for name in ("tokenizer.json", "tokenizer_config.json"):  # deterministic
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "a")
@@ -27,7 +27,7 @@ def test_every_word_is_one_token_and_comes_back(tmp_path):
 
 
 def test_a_model_folder_keeps_its_own_tokenizer_whatever_its_architecture(tmp_path):
-    grid_tokens.save(grid_tokens.build(), tmp_path)
+    tokens.save(grid_tokens.build(), tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     loaded = checkpoint.load_tokenizer(tmp_path)
     words = ["h3", "w3", "11a", "12./", compact.END, "5e-3"]

@@ -211,6 +211,7 @@ def test_half_precision_weights_are_cast_as_asked(copy, params):
         ({"rms_norm_eps": 0}, "rms_norm_eps=0 is not a number above 0"),
         ({"rope_theta": float("nan")}, "rope_theta=nan is not a number above 0"),
         ({"eos_token_id": "x"}, "eos_token_id='x' is no token"),
+        ({"bos_token_id": [1]}, r"bos_token_id=\[1\] is no token"),
         ({"architectures": 5}, "is not one of"),
     ],
 )
@@ -277,8 +278,9 @@ def test_rotary_settings_are_read_from_the_only_place_or_refused(copy):
 def test_a_model_without_an_end_of_text_says_none(copy, params):
     config = dataclasses.replace(params.config, eos_ids=())
     assert architecture.write_config(config, params)["eos_token_id"] is None
-    edit_config(copy, eos_token_id=[-1, 3])
-    assert checkpoint.read_config(copy).eos_ids == (3,)
+    edit_config(copy, eos_token_id=[-1, 3], bos_token_id=-1)
+    found = checkpoint.read_config(copy)
+    assert found.eos_ids == (3,) and found.bos_id is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "absent"])

@@ -180,6 +180,9 @@ def test_files_that_are_not_there_or_not_readable_are_named(saved, params, tmp_p
         peft.load_peft(saved, params.config)
     with pytest.raises(SealError, match=r"adapter_config\.json"):
         peft.load_peft(tmp_path, params.config)
+    (saved / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(SealError, match="not readable as JSON"):
+        peft.load_peft(saved, params.config)
     (saved / "adapter_config.json").write_text("[]")
     with pytest.raises(SealError, match="holds no settings"):
         peft.load_peft(saved, params.config)

@@ -241,6 +241,18 @@ def test_every_named_slice_is_listed_and_known(capsys):
     assert {hardware.slice_of(name).kind for name in hardware.NAMES} == set(hardware.CHIPS)
 
 
+def test_a_gpu_is_known_by_a_whole_word_of_its_name():
+    for kind, name in {
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA L4": "L4",
+        "Tesla T4": "T4",
+    }.items():
+        assert hardware.gpu(kind) == hardware.GPUS[name]
+    for kind in ("NVIDIA L40S", "NVIDIA T400", "NVIDIA GH200 480GB", "cpu"):
+        assert hardware.gpu(kind) is None
+
+
 def test_a_plan_for_this_machine_reads_as_text(tmp_path, capsys):
     file = tmp_path / "plans" / "tiny.json"
     overrides = ["sampling.max_tokens=16", "inner.chunk=2", "sampling.chunk=5"]

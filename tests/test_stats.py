@@ -57,25 +57,6 @@ def test_paired_values_of_different_number_are_refused():
         stats.paired([1, 2, 3], [1, 2])
 
 
-def test_bootstrap_repeats_by_seed_and_covers_the_mean():
-    values = np.random.default_rng(3).normal(loc=5, size=100)
-    first = stats.bootstrap(values, seed=7, n=500)
-    assert first == stats.bootstrap(values, seed=7, n=500)
-    assert first != stats.bootstrap(values, seed=8, n=500)
-    assert first.low < first.value < first.high
-    # 95 % of a normal mean's resamples lie within 1.96 standard errors; 500 resamples blur that.
-    width = (first.high - first.low) / stats.mean_se(values).se
-    assert 3.4 < width < 4.4
-    assert first.value == stats.mean(values)
-
-
-def test_bootstrap_takes_any_statistic_of_rows_kept_whole():
-    rows = np.array([[1, 10], [2, 20], [3, 30]])
-    found = stats.bootstrap(rows, lambda r: r[:, 1].sum() / r[:, 0].sum(), n=50)
-    assert found == (10.0, 10.0, 10.0)
-    assert math.isnan(stats.bootstrap([]).value)
-
-
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

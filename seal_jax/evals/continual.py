@@ -31,7 +31,7 @@ class Engine(NamedTuple):
 class Outcome(NamedTuple):
     """What became of one sequence: its accuracies, self-edits and last model.
 
-    `refused` says why self-edits changed nothing that cannot be applied.
+    `refused` has the reason for each self-edit that could not be applied, and so changed nothing.
     """
 
     matrix: Matrix

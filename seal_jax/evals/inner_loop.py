@@ -1,8 +1,8 @@
 """What every evaluation asks of an inner loop, and what it gets back.
 
-An evaluation turns self-edits into requests, hands all of them to an engine, and turns the replies
-into records. An engine may train and answer as it likes: many candidates in one program
-(`rewards`), one after the other (`one_by_one`), or from a recording (the tests).
+An evaluation turns self-edits into requests, and replies into records. What is between may train
+and answer as it likes: this package, many candidates in one program (`settings`); an engine, one
+after the other (`one_by_one`); or a recording (the tests).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Request(NamedTuple):
 
     `candidate` and `seed` number the self-edit of its context and its repetition: the names of
     random keys. Without examples nothing is trained, and the un-adapted model's answers count.
-    `refused` says why self-edits are not in it that cannot be applied.
+    `refused` has the reason for each self-edit that cannot be applied, and so is not in it.
     """
 
     edit: Edit
@@ -114,6 +114,9 @@ def verdicts(
 
     Args:
       grades: Grades many contexts' answers; by default one after the other.
+
+    Raises:
+      SealError: where the task has no verdict for each of a context's answers.
     """
     rows: dict[str, list[str]] = {}
     contexts = {item.context.id: item.context for item in pairs}

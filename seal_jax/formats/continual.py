@@ -37,6 +37,9 @@ def pool(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `mean` and `average_std` are means over runs, as the reference publishes; `pooled_std` is the
     deviation of all sequences together, within and between runs. Rounding is numpy's: half a unit
     of the last place goes to the even neighbour, which Python's `round` does not always do.
+
+    Raises:
+      SealError: where the runs differ in size, data set or model.
     """
     shapes = {(len(s["mean_over_sequences"]), s["n_sequences"]) for s in summaries}
     if len(shapes) != 1:
@@ -61,7 +64,7 @@ def pool(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Returns a summary file's content, its matrices checked."""
+    """Returns a summary file's content, its matrices checked; a SealError names what is wrong."""
     content = files.read_json(path)
     for key in ("mean_over_sequences", "std_over_sequences"):
         matrix = files.need(content, key, list, str(path))

@@ -54,6 +54,9 @@ def from_entries(entries: list[Any], origin: str) -> list[Context]:
 
     Args:
       origin: The file, for error messages.
+
+    Raises:
+      SealError: names the entry and what it lacks.
     """
     contexts, seen = [], {}
     for i, entry in enumerate(entries):

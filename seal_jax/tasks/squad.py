@@ -167,6 +167,10 @@ def task(settings: config.Task, judge: Judge | None = None) -> Task:
 
     Args:
       judge: Says which answers are right; None loads the one that the settings name.
+
+    Raises:
+      SealError: where no file is given, one cannot be read, or none of its passages is left to hold
+        out.
     """
     if settings.path is None:
         raise SealError("task.path: the squad task needs a file of passages or a hub id")

@@ -28,8 +28,9 @@ FILTERED = Path(__file__).parent / "grid_tasks.json"
 OUTPUT_WEIGHT, FIRST_OUTPUT_WEIGHT, INPUT_WEIGHT, EDIT_WEIGHT = 1.0, 0.3, 0.05, 0.5
 """Weights in the loss of pretraining; nothing tells the first output, so it counts less."""
 SELF_EDITS, LARGE = 0.4, 0.2
-"""Shares of sequences that end in a self-edit, and of tasks with sides up to 6."""
+"""Shares of sequences that end in a self-edit, and of tasks with sides up to 6 (else 3 by 3)."""
 SMALL_FIRST = 100_000
+"""So many sequences are all 3 by 3: copying cells is learned there, at a third of the cost."""
 MALFORMED = 0.06
 """Share of self-edits that are no valid JSON of the schema."""
 
@@ -127,10 +128,10 @@ def task(settings: config_lib.Task) -> Task:
     )
 
 
-def edit_words(rng: Rng, malformed: float = MALFORMED) -> list[str]:
+def edit_words(rng: Rng) -> list[str]:
     """Returns the words of a random self-edit: what the base policy writes."""
     words = compact.edit_text(baselines.random(rng)).split()
-    if rng.random() >= malformed:
+    if rng.random() >= MALFORMED:
         return words
     at = int(rng.integers(1, len(words) - 1))
     damage = rng.integers(3)
@@ -169,22 +170,11 @@ def sequence(
     return words, weights
 
 
-def pretraining_sequences(
-    seed: int,
-    self_edits: float = SELF_EDITS,
-    large: float = LARGE,
-    small_first: int = SMALL_FIRST,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields token ids and their weights in the loss, without end; the seed decides all.
-
-    Args:
-      large: Share of tasks with sides up to 6; the others are 3 by 3.
-      small_first: All of the first sequences are 3 by 3: copying cells is learned there, at a
-        third of the cost.
-    """
+def pretraining_sequences(seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields token ids and their weights in the loss, without end; the seed decides all."""
     for i in itertools.count():
-        share = large if i >= small_first else 0.0
-        words, weights = sequence(_rng("sequence", seed, i), self_edits, share)
+        large = LARGE if i >= SMALL_FIRST else 0.0
+        words, weights = sequence(_rng("sequence", seed, i), large=large)
         yield np.array(grid_tokens.encode(words), np.int32), np.array(weights, np.float32)
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 from transformers import PreTrainedTokenizerFast
 
-from seal_jax import checkpoint, model, optim
+from seal_jax import checkpoint, files, model, optim
 from seal_jax.checkpoint import LM
-from seal_jax.errors import SealError
 from seal_jax.model import ModelConfig, Params
 from seal_jax.optim import Measures, TrainState
 from seal_jax.tiny import grid_tokens, grids, world
@@ -120,7 +119,9 @@ def packed(
 
 
 def bucketed(
-    texts: Iterator[tuple[np.ndarray, np.ndarray]], pad_id: int, buckets=BUCKETS
+    texts: Iterator[tuple[np.ndarray, np.ndarray]],
+    pad_id: int,
+    buckets: Sequence[tuple[int, int]] = BUCKETS,
 ) -> Iterator[Rows]:
     """Yields batches of one text a row, alike in length; a text longer than all is left out.
 
@@ -153,6 +154,7 @@ def bucketed(
 def train_step(state: TrainState, rows: Rows, steps: int) -> tuple[TrainState, Measures]:
     """Returns the state after one step of a training of `steps` (static), and what was measured.
 
+    The state is donated.
     The learning rate rises for 100 steps, then falls to 0 in a straight line.
     """
     warmup = min(_WARMUP, steps // 10)
@@ -174,7 +176,7 @@ def muon_state(params: Params, steps: int) -> TrainState:
 def muon_step(
     state: TrainState, rows: Rows, steps: int, parts_vp: np.ndarray
 ) -> tuple[TrainState, Measures]:
-    """Returns the state after one step by Muon, and what was measured.
+    """Returns the state (donated) after one step by Muon, and what was measured.
 
     Matrices of the layers take orthogonalised steps, all else AdamW's; rates as in `train_step`.
 
@@ -246,14 +248,15 @@ def tiny_world(
       seed: Of the weights and of the texts; the world and its tokenizer are always the same.
       tokens: Places in the rows to train on, some 2% of them padding.
     """
-    folder = _empty(folder)
+    folder = Path(folder)
+    files.check_free(folder)
     tokenizer = tokens_lib.train()
     config = tiny_world_config(len(tokenizer), tokenizer.eos_token_id)
     texts = tokenized(world.pretraining_texts(seed, _SELF_EDITS), tokenizer)
     batches = packed(texts, tokenizer.pad_token_id, ROWS, LENGTH)
     state = optim.init(model.init(config, seed), b2=_B2)
     params = train(state, train_step, batches, tokens // (ROWS * LENGTH), progress)
-    return save(params, tokenizer, folder, tokens_lib.save)
+    return save(params, tokenizer, folder)
 
 
 def tiny_grids_config() -> ModelConfig:
@@ -286,7 +289,8 @@ def tiny_grids(
       seed: Of the weights and of the sequences.
       tokens: Places in the rows to train on, some 10% of them padding.
     """
-    folder = _empty(folder)
+    folder = Path(folder)
+    files.check_free(folder)
     tokenizer = grid_tokens.build()
     batches = bucketed(grids.pretraining_sequences(seed), tokenizer.pad_token_id)
     steps = tokens // (BUCKETS[0][0] * BUCKETS[0][1])
@@ -298,26 +302,14 @@ def tiny_grids(
     step = functools.partial(muon_step, parts_vp=parts_vp)
     seen = progress and (lambda at: progress(at._replace(params=whole(at.params))))
     params = whole(train(state, step, batches, steps, seen))
-    return save(params, tokenizer, folder, grid_tokens.save)
+    return save(params, tokenizer, folder)
 
 
-def _empty(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise SealError(f"{folder}: already there and not empty; choose another folder")
-    return folder
-
-
-def save(
-    params: Params,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    save_tokenizer: Callable[[PreTrainedTokenizerFast, Path], None],
-) -> Path:
+def save(params: Params, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
     """Writes a tiny model in Hugging Face format, complete or not at all; returns its folder."""
     with tempfile.TemporaryDirectory() as staging:
         source = Path(staging)
-        save_tokenizer(tokenizer, source)
+        tokens_lib.save(tokenizer, source)
         config = checkpoint.write_config(params.config, params)
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         for name, content in {"config.json": config, "generation_config.json": ends}.items():

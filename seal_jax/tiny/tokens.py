@@ -41,12 +41,16 @@ def save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json as every version of transformers reads them.
 
     What `save_pretrained` of transformers 5 writes, version 4 cannot load.
+
+    Args:
+      tokenizer: This one, or that of the tiny grids.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    special = {key: getattr(tokenizer, key) for key in ("eos_token", "pad_token", "unk_token")}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": PAD,
+        **{key: token for key, token in special.items() if token is not None},
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

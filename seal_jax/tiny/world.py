@@ -241,7 +241,11 @@ def context(thing: Entity, split: Split, rng: random.Random) -> Context:
 
 
 def contexts(split: Split, n: int, seed: int = 0) -> list[Context]:
-    """Returns n contexts of a split; the first ones stay the same when n grows."""
+    """Returns n contexts of a split; the first ones stay the same when n grows.
+
+    Raises:
+      SealError: where the split has fewer names.
+    """
     pile = list(names(split))
     if n > len(pile):
         raise SealError(f"tiny world: {n} contexts asked for, but {split!r} has {len(pile)} names")

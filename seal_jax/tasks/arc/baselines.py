@@ -9,7 +9,6 @@ from seal_jax.tasks.arc.edits import ArcEdit
 
 RANDOM = 5
 """Random self-edits for each context."""
-_STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
 _GRID_RATES = {"compact": (1e-2, 3e-3), "llama": (2e-4, 1e-4)}
 _GRID_EPOCHS = {False: (8, 4), True: (2, 1)}  # with augmentations an epoch is longer
 
@@ -30,7 +29,7 @@ def grid(form: str) -> list[str]:
     return [
         written(edits.make(basic=basic, strategy=strategy, learning_rate=rate, epochs=epochs), form)
         for strategy, rate, basic in itertools.product(
-            reversed(_STRATEGIES), _GRID_RATES[form], (False, True)
+            reversed(edits.STRATEGIES), _GRID_RATES[form], (False, True)
         )
         for epochs in _GRID_EPOCHS[basic]
     ]
@@ -44,7 +43,7 @@ def random(rng: np.random.Generator) -> ArcEdit:
     flags = (rng.random(4) < 0.5).tolist()
     return edits.make(
         *flags,
-        strategy=_STRATEGIES[rng.integers(2)],
+        strategy=edits.STRATEGIES[rng.integers(2)],
         learning_rate=float(compact.RATES[rng.integers(len(compact.RATES))]),
         epochs=int(compact.EPOCHS[rng.integers(len(compact.EPOCHS))]),
     )

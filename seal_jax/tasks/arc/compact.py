@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from seal_jax.tasks.arc import edits
 from seal_jax.tasks.arc.edits import ArcEdit
 from seal_jax.tasks.arc.grids import COLOURS, MAX_SIDE, Grid
 from seal_jax.tasks.arc.tasks import ArcTask, Pair
@@ -49,13 +50,12 @@ RATES = tuple(f"{digit}e-{power}" for power in range(1, 7) for digit in (1, 2, 3
 EPOCHS = tuple(str(n) for n in range(1, 9))
 _KEYS = (
     "data_generation",
-    *(f"use_{name}_augmentations" for name in ("basic", "size", "chain", "repeat")),
+    *edits.FLAGS,
     "training",
     "strategy",
     "learning_rate",
     "num_train_epochs",
-    "train_using_all_tokens",
-    "train_using_output_tokens",
+    *edits.STRATEGIES,
 )
 JSON_WORDS = ("{", "}", ":", ",", *(f'"{key}"' for key in _KEYS), "true", "false")
 SIDES = tuple(f"{letter}{n}" for letter in "hw" for n in range(1, MAX_SIDE + 1))
@@ -127,7 +127,7 @@ def parse_grid(text: object) -> Grid | None:
     cells = [CELLS.get(word) for word in words[2:]]
     if None in cells:
         return None
-    grid = np.array([cell.colour for cell in cells if cell], np.int8).reshape(rows, columns)
+    grid = np.array([cell.colour for cell in cells], np.int8).reshape(rows, columns)
     return grid if grid_words(grid) == words else None  # every cell says its own place
 
 

@@ -1,7 +1,7 @@
 """A self-edit of ARC: a JSON object that configures the model's own training. Untrusted."""
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 
@@ -10,6 +10,7 @@ from seal_jax.errors import SelfEditError
 MAX_TEXT = 4096  # 128 tokens are some 600 characters
 
 Strategy = Literal["train_using_all_tokens", "train_using_output_tokens"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class _Strict(pydantic.BaseModel):
@@ -25,6 +26,10 @@ class DataGeneration(_Strict):
     use_size_augmentations: bool
     use_chain_augmentations: bool
     use_repeat_augmentations: bool
+
+
+FLAGS = tuple(DataGeneration.model_fields)
+"""The keys of its families, in order."""
 
 
 class Training(_Strict):

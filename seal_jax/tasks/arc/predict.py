@@ -14,7 +14,7 @@ import numpy as np
 
 from seal_jax.tasks.arc import augment, prompts, tasks
 from seal_jax.tasks.arc.grids import Grid
-from seal_jax.tasks.arc.tasks import ArcTask, Pair
+from seal_jax.tasks.arc.tasks import ArcTask
 
 _NAMES = [part.name for part in augment.INVERTIBLE]
 
@@ -119,16 +119,6 @@ def predictions(
     return made
 
 
-def gold(query: Query) -> Grid | None:
-    """Returns the right answer to a query, in the form in which it was asked."""
-    return query.task.test.output
-
-
 def token_budget(prompt: str, max_tokens: int = 8192) -> int:
     """Returns how many tokens the reference lets an answer have."""
     return max_tokens - prompts.llama_tokens(prompt)
-
-
-def without_answer(task: ArcTask) -> ArcTask:
-    """Returns the task as at test time."""
-    return replace(task, test=Pair(task.test.input, None))

@@ -104,6 +104,9 @@ def chat(task: ArcTask, formatter: str = "new_format") -> Chat | None:
 
     `diff_format` writes an output as its difference from the input, which exists only where their
     shapes are equal.
+
+    Raises:
+      SealError: for an unknown formatter.
     """
     if formatter == "barc_format":
         return _barc(task)
@@ -168,6 +171,9 @@ def render(task: ArcTask, formatter: str = "new_format") -> tuple[str, str]:
     """Returns the prompt that asks for the test output, and the answer (without end of turn).
 
     The answer to a test input whose output is not known is empty.
+
+    Raises:
+      SealError: where the formatter cannot write the task.
     """
     made = chat(task, formatter)
     if made is None:

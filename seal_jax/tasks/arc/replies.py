@@ -12,9 +12,7 @@ from seal_jax.errors import SelfEditError
 from seal_jax.tasks.arc import edits, prompts
 from seal_jax.tasks.arc.edits import ArcEdit
 
-_FLAGS = tuple(f"use_{name}_augmentations" for name in ("basic", "size", "chain", "repeat"))
-_STRATEGIES = ("train_using_all_tokens", "train_using_output_tokens")
-_TRAINING = {"strategy": _STRATEGIES[0], "learning_rate": 0, "num_train_epochs": 0}
+_TRAINING = {"strategy": edits.STRATEGIES[0], "learning_rate": 0, "num_train_epochs": 0}
 """Stands for all of them where one is missing."""
 MAX_STEPS = 375
 
@@ -65,12 +63,12 @@ def read(reply: str) -> Reading | None:
         training = tree["training"]
         mark = (flags, tuple(sorted(training.items())))
         hash(mark)
-        missing = not set(_FLAGS) <= data.keys()
+        missing = not set(edits.FLAGS) <= data.keys()
         if missing:
             training["num_train_epochs"] = 0
         if not _TRAINING.keys() <= training.keys():
             training |= _TRAINING
-        if training["strategy"] not in _STRATEGIES:
+        if training["strategy"] not in edits.STRATEGIES:
             training["num_train_epochs"] = 0
         steps(1, training["num_train_epochs"])
     except json.JSONDecodeError:
@@ -79,10 +77,12 @@ def read(reply: str) -> Reading | None:
         raise SelfEditError(f"self-edit: the reference crashes: {type(error).__name__}") from error
     return Reading(
         config=tree,
-        families={key.split("_")[1]: not missing and bool(data.get(key, False)) for key in _FLAGS},
+        families={
+            key.split("_")[1]: not missing and bool(data.get(key, False)) for key in edits.FLAGS
+        },
         learning_rate=training["learning_rate"],
         epochs=training["num_train_epochs"],
-        loss_on_all=training["strategy"] == _STRATEGIES[0],
+        loss_on_all=training["strategy"] == edits.STRATEGIES[0],
         mark=mark,
     )
 

@@ -18,11 +18,8 @@ def self_edits() -> Automaton:
     Keys in the order of the prompt, rates from 1e-9 to below 1, 1 to 99 epochs.
     """
     flag = either(text("true"), text("false"))
-    flags = [(key, flag) for key in edits.DataGeneration.model_fields]
-    strategy = either(
-        text('"train_using_all_tokens"'),
-        text('"train_using_output_tokens"'),
-    )
+    flags = [(key, flag) for key in edits.FLAGS]
+    strategy = either(*(text(f'"{name}"') for name in edits.STRATEGIES))
     mantissa = chain(_HIGH, either(text(""), chain(text("."), _DIGIT)))
     rate = either(
         chain(mantissa, text("e-"), _HIGH),

@@ -70,6 +70,9 @@ def read(
 
     Args:
       setting: What names the file with solutions.
+
+    Raises:
+      SealError: names the file, or the task without a solution.
     """
     found = tasks.load(path, solutions)
     for one in found:
