@@ -13,7 +13,7 @@ import toys
 from seal_jax import batching
 from seal_jax import slots as slots_lib
 from seal_jax.config import Inner
-from seal_jax.tasks import Edit, Example, squad
+from seal_jax.tasks import Context, Edit, Example, squad
 
 KEY = jax.random.key(5)
 
@@ -162,6 +162,16 @@ def test_what_no_optimizer_can_do_trains_nothing_and_says_so(rate, epochs):
     found = batching.candidate(edit, 3, toys.Numbers(), 1, Inner())
     assert (found.texts, found.epochs, found.id) == ((), 0, 3)
     assert found.error == f"asks for {epochs} epochs at a learning rate of {rate}"
+
+
+def test_a_candidate_is_named_by_its_context_and_number_alone():
+    """Its fresh adapter is drawn by this number: another one changes what every seed gives."""
+    places = [("a", 0, "1 2"), ("a", 0, "3 4;5"), ("a", 1, "1 2"), ("b", 0, "1 2"), ("b", 0, "bad")]
+    edits = [batching.SelfEdit(Context(name), i, text) for name, i, text in places]
+    found = batching.pack(toys.task(), edits, toys.Numbers(), Inner())
+    # The first 8 digits of the SHA-256 of the two, joined by the sign 0x1f.
+    expected = ["e842f55d", "e842f55d", "839e11a4", "795485dc", "795485dc"]
+    assert [f"{candidate.id:08x}" for candidate in found.candidates] == expected
 
 
 def test_a_document_ends_with_one_eos_and_a_prompt_is_not_trained_on():
