@@ -11,9 +11,9 @@ import pytest
 import toys
 
 import seal_jax as seal
-from seal_jax import batching, config, inner
+from seal_jax import batching, config, inner, rewards
 from seal_jax.errors import SealError
-from seal_jax.tasks import Edit, Example, Grade
+from seal_jax.tasks import Context, Edit, Example, Grade
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -82,6 +82,23 @@ def test_what_cannot_be_done_is_said(tiny):
     for words, call in calls.items():
         with pytest.raises(SealError, match=words):
             call()
+
+
+@pytest.mark.parametrize("reward", [-0.1, 1.1, np.nan])
+def test_a_reward_is_from_0_to_1(reward):
+    task = toys.task()._replace(grade=lambda *_: Grade(reward, ()))
+    with pytest.raises(SealError, match="a Grade whose reward is from 0 to 1"):
+        rewards.grade(task, [(Context("a"), [])], config.Config())
+
+
+def test_each_context_is_scored_by_adapters_of_its_own(monkeypatch):
+    """As `adapt_many` returns them: all of a context's adapters, then the next one's."""
+    monkeypatch.setattr(rewards, "answer", lambda *_: [["a"], ["a"], ["b"], ["b"], ["c"], ["c"]])
+    own = lambda context, answers: Grade(float(answers == [context.id]), ())
+    many = seal.lora.stack([toys.adapter(toys.config("qwen2"))] * 6)
+    contexts = [Context(name) for name in "abc"]
+    found = seal.score(None, many, toys.task()._replace(grade=own), contexts, config.Config())
+    assert found.reward.tolist() == [1.0] * 6
 
 
 def test_token_ids_that_the_model_does_not_know_are_refused():

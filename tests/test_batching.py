@@ -226,7 +226,7 @@ def test_buckets_waste_the_least_that_few_lengths_can():
             assert len(found) <= most and _padded(lengths, found) == best
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 768, 769, 5000])
+@pytest.mark.parametrize("length", [1, 16, 17, 768, 769, 1024, 5000])
 def test_a_bucket_holds_what_it_is_for(length):
     assert length <= slots_lib.round_up(length) <= max(24, 1.35 * length)
 
