@@ -1,6 +1,7 @@
 """Laws of lanes: the same steps in the same order as in lockstep, one at a time, little padded."""
 
 import collections
+import functools
 
 import chex
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from seal_jax import batching, inner, lanes, residents, visits
+from seal_jax import batching, inner, lanes, residents, rewards, visits
 from seal_jax import slots as slots_lib
 from seal_jax.config import ALL_TARGETS, Inner, Lora
 
@@ -237,3 +238,6 @@ def test_useful_and_processed_tokens_are_counted():
     for part in parts:
         size = sum(v.width * v.size.rows * v.size.t for v in part.slots.visits)
         assert part.processed == size >= part.useful
+    total = functools.reduce(rewards.Efficiency.plus, parts, rewards.Efficiency())
+    assert total.active == len(every) and total.useful < total.processed
+    assert total.executed == sum(v.width for part in parts for v in part.slots.visits)

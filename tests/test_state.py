@@ -39,6 +39,14 @@ def test_a_tree_bound_to_a_device_is_restored_there(tmp_path):
     assert restored["a"].committed and restored["a"].devices() == {device}
 
 
+def test_arrays_of_other_shapes_are_refused(tmp_path):
+    folder = tmp_path / "policy"
+    state.save_tree(folder, {"a": jnp.arange(6.0)})
+    for shape in (5, 7, (2, 3)):
+        with pytest.raises(SealError, match="policy: holds arrays of other shapes"):
+            state.load_tree(folder, {"a": jnp.zeros(shape)})
+
+
 def test_what_cannot_be_saved_is_a_sentence_and_leaves_no_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SealError, match="policy: cannot be saved"):
