@@ -184,6 +184,9 @@ def test_the_floors_of_a_round_are_those_worked_out_by_hand():
     work = costs.Workload(lines=3, line=10, passage=20, prompt=30, written=12)
     work = work._replace(questions=2, question=8, answer=4)
     train = lambda *lengths: sum(costs.train_flops(model, adapter, t) for t in lengths)
+    attention = lambda t: 2 * t * t * 2 * 4 * 6
+    # Two passes forward and one back, and an adapter's own gradient.
+    assert train(10) == 10 * (3 * 2 * 5392 + 4 * 2 * 160) + 4 * attention(10)
     split = types.SimpleNamespace(size=4, shape={sharding.DATA: 2, sharding.MODEL: 2})
     # 12 loops, 5 at a time: 3 times 2 epochs of 2 steps. Weights are read three times a step, half
     # of them from the other half of the devices; of each state seven numbers.
@@ -201,7 +204,6 @@ def test_the_floors_of_a_round_are_those_worked_out_by_hand():
     made = costs.round_of(model, cfg, chip, mesh, "tensor", chunk=5, writers=4, work=work)
     assert list(made) == ["write self-edits", "inner loops", "answer", "finetune"]
     weights = 2 * sum(x.size for x in jax.tree.leaves(params_lib.shapes(model)))
-    attention = lambda t: 2 * t * t * 2 * 4 * 6
     flops = 2 * 5392 * (2 * 30 + 6 * 12) + 2 * attention(30)
     seconds = 2 * 12 * (weights + 96 * (30 + 6) * 4) / 1e6
     assert made["write self-edits"] == pytest.approx((flops, flops / 1e9, seconds, 0.0))
