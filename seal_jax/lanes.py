@@ -100,8 +100,10 @@ def largest_call(batch: Batch, residents: int, tokens: int = 0, packed: bool | N
         width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
     else:
         steps = [steps_of(c.texts, batch.settings.batch_size) for c in batch.candidates]
-        size = max(map(visits.size_of, itertools.chain(*steps)), key=lambda s: s.rows * s.t)
-        width = visits.width_of(size, shapes.residents, tokens)
+        # A call of smaller steps may hold more tokens, since more of them fit.
+        sizes = map(visits.size_of, itertools.chain(*steps))
+        calls = [(visits.width_of(size, shapes.residents, tokens), size) for size in sizes]
+        width, size = max(calls, key=lambda x: (x[0] * x[1].rows * x[1].t, x[1].t))
         size = size._replace(predicted=size.t)
     return Call(shapes.residents, width, size, shapes.chunk, shapes.room)
 

@@ -101,6 +101,23 @@ def test_in_packed_calls_every_step_fits_and_places_are_left_when_done(chunk, to
         assert sorted(done) == list(np.flatnonzero(part.slots.total_c))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_is_reckoned_by_the_call_with_the_most_tokens(packed):
+    for batch_size, chunk, tokens in ((1, 1, 64), (2, 2, 64), (2, 4, 256), (0, 16, 1024)):
+        batch = toys.batch(WRITTEN * 3, Inner(batch_size=batch_size))
+        parts = list(lanes.arrange(batch, chunk, KEY, tokens, packed))
+        call, slots = lanes.largest_call(batch, chunk, tokens, packed), parts[0].slots
+        assert (call.residents, call.chunk, call.room) == (
+            slots.residents,
+            len(parts[0].index),
+            slots.room,
+        )
+        planned = [v for part in parts for v in part.slots.visits]
+        assert call.width * call.size.rows * call.size.t >= max(v.tokens for v in planned)
+        most = max(v.width * v.size.rows * v.size.predicted for v in planned)
+        assert call.width * call.size.rows * call.size.predicted >= most
+
+
 def test_packed_calls_are_few_shapes_and_well_filled():
     rng = np.random.default_rng(0)
     written = [
