@@ -104,14 +104,18 @@ class Call(NamedTuple):
     room: int = 0
 
 
-def largest_call(batch: Batch, residents: int, tokens: int = 0, parts: int = 1) -> Call:
+def largest_call(
+    batch: Batch, residents: int, tokens: int = 0, packed: bool | None = None, parts: int = 1
+) -> Call:
     """Returns the call with the most tokens that `arrange` plans; the arguments are its own."""
-    shapes = shapes_of(batch, residents, tokens, parts=parts)
+    shapes = shapes_of(batch, residents, tokens, packed, parts)
     if shapes.packed:
         width, size = max(shapes.calls, key=lambda x: x[0] * x[1].t)
     else:
-        size = max(map(visits.size_of, itertools.chain(*batch.steps)), key=lambda s: s.rows * s.t)
-        width = visits.width_of(size, shapes.residents, tokens)
+        # A call of smaller steps may hold more tokens, since more of them fit.
+        sizes = map(visits.size_of, itertools.chain(*batch.steps))
+        calls = [(visits.width_of(size, shapes.residents, tokens), size) for size in sizes]
+        width, size = max(calls, key=lambda x: (x[0] * x[1].rows * x[1].t, x[1].t))
         size = size._replace(predicted=size.t)
     return Call(shapes.residents, width, size, shapes.chunk, shapes.room)
 

@@ -11,14 +11,14 @@ import pytest
 import toys
 
 import seal_jax as seal
-from seal_jax import batching, config, inner
+from seal_jax import batching, config, inner, outer, rewards
 from seal_jax.errors import SealError
-from seal_jax.tasks import Edit, Example, Grade
+from seal_jax.tasks import Context, Edit, Example, Grade
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["inner.epochs=2", "sampling.max_tokens=16", "answers.max_tokens=4"]
+SMALL = ["inner.epochs=2", "sampling.max_tokens=16", "answers.max_tokens=2"]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,8 @@ def test_a_single_adapter_is_scored_on_every_context(tiny):
     one = seal.score(lm, seal.lora.take(adapters, 1), task, contexts, cfg)
     each = seal.score(lm, seal.lora.take(adapters, [1, 1, 1]), task, contexts, cfg)
     assert one.answers == each.answers and one.reward.shape == (3,)
+    tokens = [len(lm.tokenizer(answer)["input_ids"]) for own in one.answers for answer in own]
+    assert max(tokens) == cfg.answers.max_tokens  # where some answers are cut
     alone = seal.score(lm, seal.lora.take(adapters, 1), task, contexts[:1], cfg)
     assert alone.answers == one.answers[:1]
 
@@ -84,6 +86,23 @@ def test_what_cannot_be_done_is_said(tiny):
             call()
 
 
+@pytest.mark.parametrize("reward", [-0.1, 1.1, np.nan])
+def test_a_reward_is_from_0_to_1(reward):
+    task = toys.task()._replace(grade=lambda *_: Grade(reward, ()))
+    with pytest.raises(SealError, match="a Grade whose reward is from 0 to 1"):
+        rewards.grade(task, [(Context("a"), [])], config.Config())
+
+
+def test_each_context_is_scored_by_adapters_of_its_own(monkeypatch):
+    """As `adapt_many` returns them: all of a context's adapters, then the next one's."""
+    monkeypatch.setattr(rewards, "answer", lambda *_: [["a"], ["a"], ["b"], ["b"], ["c"], ["c"]])
+    own = lambda context, answers: Grade(float(answers == [context.id]), ())
+    many = seal.lora.stack([toys.adapter(toys.config("qwen2"))] * 6)
+    contexts = [Context(name) for name in "abc"]
+    found = seal.score(None, many, toys.task()._replace(grade=own), contexts, config.Config())
+    assert found.reward.tolist() == [1.0] * 6
+
+
 def test_token_ids_that_the_model_does_not_know_are_refused():
     """JAX would take the last row of the embedding in their place."""
     settings = toys.config("qwen2")
@@ -94,6 +113,8 @@ def test_token_ids_that_the_model_does_not_know_are_refused():
     batch = toys.batch(["5 6", "7 40"])
     with pytest.raises(SealError, match="makes token 40, the model knows 37"):
         inner.adapt_many(params, batch, jax.random.key(0), config.Config())
+    with pytest.raises(SealError, match="makes token 41, the model knows 37"):
+        outer.finetune(lm, [("5 6", "7 41")], config.Sft(), jax.random.key(0))
 
 
 @pytest.mark.parametrize(

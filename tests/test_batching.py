@@ -13,7 +13,7 @@ import toys
 from seal_jax import batching
 from seal_jax import slots as slots_lib
 from seal_jax.config import Inner
-from seal_jax.tasks import Edit, Example, squad
+from seal_jax.tasks import Context, Edit, Example, squad
 
 KEY = jax.random.key(5)
 
@@ -164,6 +164,16 @@ def test_what_no_optimizer_can_do_trains_nothing_and_says_so(rate, epochs):
     assert found.error == f"asks for {epochs} epochs at a learning rate of {rate}"
 
 
+def test_a_candidate_is_named_by_its_context_and_number_alone():
+    """Its fresh adapter is drawn by this number: another one changes what every seed gives."""
+    places = [("a", 0, "1 2"), ("a", 0, "3 4;5"), ("a", 1, "1 2"), ("b", 0, "1 2"), ("b", 0, "bad")]
+    edits = [batching.SelfEdit(Context(name), i, text) for name, i, text in places]
+    found = batching.pack(toys.task(), edits, toys.Numbers(), Inner())
+    # The first 8 digits of the SHA-256 of the two, joined by the sign 0x1f.
+    expected = ["e842f55d", "e842f55d", "839e11a4", "795485dc", "795485dc"]
+    assert [f"{candidate.id:08x}" for candidate in found.candidates] == expected
+
+
 def test_a_document_ends_with_one_eos_and_a_prompt_is_not_trained_on():
     (text,) = toys.batch(["4 5 6"]).candidates[0].texts
     assert text.tokens.tolist() == [4, 5, 6, toys.EOS] and text.weights.tolist() == [0, 1, 1, 1]
@@ -216,7 +226,7 @@ def test_buckets_waste_the_least_that_few_lengths_can():
             assert len(found) <= most and _padded(lengths, found) == best
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 768, 769, 5000])
+@pytest.mark.parametrize("length", [1, 16, 17, 768, 769, 1024, 5000])
 def test_a_bucket_holds_what_it_is_for(length):
     assert length <= slots_lib.round_up(length) <= max(24, 1.35 * length)
 

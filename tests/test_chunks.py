@@ -1,5 +1,7 @@
 """The chunk is the largest that fits: given what counts need, and by the compiler's own word."""
 
+import types
+
 import jax
 import toys
 
@@ -34,6 +36,7 @@ def test_memory_that_grows_evenly_takes_three_programs():
 def test_a_count_that_does_not_fit_after_all_gives_way_to_a_smaller_one():
     assert counts_of(lambda n: None if n > 8 else 10 * n, 500)[0] == 8
     assert counts_of(lambda n: 10 * n + (1000 if n > 16 else 0), 500)[0] == 16
+    assert counts_of(lambda n: 100 + 10 * n, 125)[0] == 2
     assert counts_of(lambda n: None, 500)[0] == 1  # nothing smaller to try
     assert chunks.largest(lambda n: 10, 500, (1,)) == 1
 
@@ -69,6 +72,27 @@ def test_more_memory_takes_larger_chunks_up_to_all_candidates():
     assert small == 1
     found = [chosen(x) for x in (10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6)]
     assert found == sorted(found) and len(set(found)) > 2
+
+
+def test_room_is_what_others_leave_of_a_device_but_for_a_tenth():
+    def room(**stats):
+        device = types.SimpleNamespace(memory_stats=lambda: stats)
+        shard = types.SimpleNamespace(device=device, data=types.SimpleNamespace(nbytes=100))
+        embed = types.SimpleNamespace(addressable_shards=[shard])
+        return chunks.room(types.SimpleNamespace(embed=embed, addressable_shards=[shard]))
+
+    assert room() is None
+    assert room(bytes_limit=1000) == room(bytes_limit=1000, bytes_in_use=100) == 900  # weights
+    assert room(bytes_limit=1000, bytes_in_use=350) == 650
+
+
+def test_on_a_mesh_a_call_has_room_for_every_step():
+    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    written = [toys.text(5, 0), ";".join([toys.text(9, 1), toys.text(30, 2), toys.text(4, 3)])]
+    for batch_size, rows, t in ((1, 1, 31), (2, 2, 31), (0, 1, 46)):  # 0: all in one row
+        own = chunks._call(toys.batch(written, config.Inner(batch_size=batch_size)), mesh, 4)
+        assert (own.residents, own.width, own.size.rows) == (4, 1, rows)
+        assert t <= own.size.t < 1.5 * t
 
 
 def test_on_a_mesh_the_compiler_is_asked_about_weights_of_their_own_type(monkeypatch):

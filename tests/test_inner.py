@@ -11,9 +11,9 @@ import provenance
 import pytest
 import toys
 
-from seal_jax import inner, lanes, lora, optim, residents
+from seal_jax import inner, lanes, lora, optim, residents, sft
 from seal_jax import slots as slots_lib
-from seal_jax.config import Config, Inner, Lora
+from seal_jax.config import Config, Inner, Lora, Sft
 from seal_jax.slots import Slots
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -29,7 +29,8 @@ WRITTEN = [
     f"lr={RATE};epochs=2;" + ";".join(f"{toys.text(4, (3, n))}>{toys.text(n, n)}" for n in (5, 16)),
 ]
 STEPS = [9, 8, 1, 0, 4]
-SETTINGS = Inner(warmup_steps=2, weight_decay=0.01, chunk=5)
+# Gradients have norms of 0.7 to 2.5: some are clipped, some are not.
+SETTINGS = Inner(warmup_steps=2, weight_decay=0.01, clip=1.7, chunk=5)
 CFG = Config(lora=Lora(rank=2, alpha=4.0, targets=("q", "v", "down")), inner=SETTINGS)
 
 # Adam turns the rounding of a gradient near zero into a step of up to the learning rate, so states
@@ -81,6 +82,12 @@ def test_vmap_equals_one_candidate_at_a_time(params, fresh, together):
         chex.assert_trees_all_close(lora.take(adapters, index), adapter, **STATE_CLOSE)
         if n > 1:  # the first step of the warm-up has rate 0
             assert unlike(adapter, lora.take(fresh, index)) > RATE / 4
+
+
+def test_all_that_the_loop_reads_reaches_it_and_nothing_else_makes_another_program():
+    read = dict(schedule="constant", warmup_steps=3, weight_decay=0.2, clip=0.5)
+    for of, settings in ((inner.loop_settings, Inner), (sft.program, Sft)):
+        assert of(settings(**read, learning_rate=0.1, epochs=9, batch_size=4)) == settings(**read)
 
 
 def test_losses_are_given_for_the_steps_taken_and_nan_after(together):
@@ -136,6 +143,17 @@ def test_a_neighbour_is_untouched_to_the_last_bit(params, together, change, fini
     assert not np.array_equal(losses[0][:9], together[1][0][:9])
     diverged = inner.diverged(toys.batch(written, SETTINGS), adapters, losses)
     np.testing.assert_array_equal(diverged, [not finite, False, False, False, False])
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 6), (2, 4), (0, 2)])
+def test_who_has_diverged_is_seen_in_every_step_and_after_the_last(batch_size, steps):
+    written = ["epochs=2;" + ";".join(toys.text(4, i) for i in range(3))] * 4
+    batch = toys.batch(written, Inner(batch_size=batch_size))
+    losses = np.where(np.arange(9) < steps, 1.0, np.full((4, 9), np.nan))
+    losses[1, 0] = losses[2, steps - 1] = np.nan
+    adapters = lora.stack([toys.adapter(toys.config("qwen2"))] * 4)
+    adapters = adapters.replace(b=adapters.b | {"q": adapters.b["q"].at[3].add(np.inf)})
+    assert inner.diverged(batch, adapters, losses).tolist() == [False, True, True, True]
 
 
 def run_lanes(params, written, packed):

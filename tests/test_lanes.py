@@ -67,16 +67,23 @@ def test_packed_steps_and_their_order_are_those_of_lockstep(batch_size, chunk, t
     assert taken(batch, chunk, tokens, packed=True) == in_lockstep(batch)
 
 
-@pytest.mark.parametrize(("chunk", "tokens"), [(2, 64), (3, 512)])
-def test_in_packed_calls_every_step_fits_and_places_are_left_when_done(chunk, tokens):
-    batch = toys.batch(WRITTEN * 3, Inner(batch_size=2))
+# Long prompts, which are not predicted, and short texts, which are.
+ASKED = [";".join(f"{toys.text(70 + n, n)}>{n}" for n in range(1, 5))] * 6 + EVEN * 2
+
+
+@pytest.mark.parametrize("written", [WRITTEN * 3, ASKED], ids=["texts", "prompts"])
+@pytest.mark.parametrize(("chunk", "tokens"), [(2, 64), (3, 512), (16, 1024)])
+def test_in_packed_calls_every_step_fits_and_places_are_left_when_done(chunk, tokens, written):
+    batch = toys.batch(written, Inner(batch_size=2))
     for part in lanes.arrange(batch, chunk, KEY, tokens, packed=True):
         home, done = {}, []
         for move in part.slots.start:
             home[move.enters] = move.resident
         for visit in part.slots.visits:
             rows = [[] for _ in range(visit.width)]
-            assert len({lane.at for lane in visit.lanes}) == len(visit.lanes)
+            places = {lane.at for lane in visit.lanes}
+            assert len(places) == len(visit.lanes)
+            assert places <= set(range(visit.width * visit.size.places))
             assert len(home) <= chunk and {lane.candidate for lane in visit.lanes} <= set(home)
             for i, j, at in visit.lanes:
                 rows[at // visit.size.places].append(part.slots.steps[i][j])
@@ -134,6 +141,23 @@ def test_a_mesh_s_devices_have_about_as_many_steps():
     assert part.useful > 0.8 * part.processed
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_is_reckoned_by_the_call_with_the_most_tokens(packed):
+    for batch_size, chunk, tokens in ((1, 1, 64), (2, 2, 64), (2, 4, 256), (0, 16, 1024)):
+        batch = toys.batch(WRITTEN * 3, Inner(batch_size=batch_size))
+        parts = list(lanes.arrange(batch, chunk, KEY, tokens, packed))
+        call, slots = lanes.largest_call(batch, chunk, tokens, packed), parts[0].slots
+        assert (call.residents, call.chunk, call.room) == (
+            slots.residents,
+            len(parts[0].index),
+            slots.room,
+        )
+        planned = [v for part in parts for v in part.slots.visits]
+        assert call.width * call.size.rows * call.size.t >= max(v.tokens for v in planned)
+        most = max(v.width * v.size.rows * v.size.predicted for v in planned)
+        assert call.width * call.size.rows * call.size.predicted >= most
+
+
 def test_packed_calls_are_few_shapes_and_well_filled():
     rng = np.random.default_rng(0)
     written = [
@@ -149,15 +173,15 @@ def test_packed_calls_are_few_shapes_and_well_filled():
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("targets", [("q", "v"), ALL_TARGETS])
 @pytest.mark.parametrize(
-    ("written", "settings", "tokens", "places"),
+    ("written", "settings", "chunk", "tokens", "width", "places"),
     [
-        (WRITTEN, Inner(), 256, 2),
-        (EVEN, Inner(batch_size=2), 16, 1),
-        (WRITTEN, Inner(batch_size=2, pad_loss=True, max_length=100), 512, 2),
+        (WRITTEN, Inner(), 2, 256, 1, 2),
+        (EVEN, Inner(batch_size=2), 2, 16, 1, 1),
+        (WRITTEN, Inner(batch_size=2, pad_loss=True, max_length=60), 8, 512, 2, 4),
     ],
 )
 def test_packed_calls_train_as_lanes_of_their_own(
-    params, targets, written, settings, tokens, places
+    params, targets, written, settings, chunk, tokens, width, places
 ):
     """Steps beside others' in a row, places taken over: the same adapters and losses."""
     batch = toys.batch(written, settings)
@@ -175,8 +199,9 @@ def test_packed_calls_train_as_lanes_of_their_own(
                     found[int(i)] = jax.tree.map(lambda x, at=at: x[at], (adapters, losses))
         return found
 
-    packed = list(lanes.arrange(batch, 2, KEY, tokens, packed=True))
-    assert {v.size.places for part in packed for v in part.slots.visits} == {places}
+    packed = list(lanes.arrange(batch, chunk, KEY, tokens, packed=True))
+    calls = [visit for part in packed for visit in part.slots.visits]
+    assert {v.size.places for v in calls} == {places} and max(v.width for v in calls) == width
     together, apart = trained(packed, True), trained(lanes.arrange(batch, 0, KEY), False)
     assert apart.keys() == together.keys() == set(range(len(batch)))
     for i, (adapter, losses) in apart.items():
@@ -213,6 +238,15 @@ def test_a_program_is_named_by_its_size_alone():
             assert part.slots.room == 512 and len(part.index) == 4
     assert {width * size.rows * size.t for width, size in sizes} <= {40, 48, 64}
     assert len(sizes) <= 4
+
+
+@pytest.mark.parametrize("length", [1, 24, 25, 768, 769, 1024, 5000])
+def test_a_size_holds_the_steps_it_is_for(length):
+    text = batching.Text(np.ones(length, np.int32), np.ones(length, np.int8), length)
+    for rows in (1, 2, 3, 8):
+        size = visits.size_of([[text]] * rows)
+        assert rows <= size.rows < 2 * rows and length <= size.predicted <= size.t
+        assert size.t <= max(24, 1.35 * length)
 
 
 def test_a_size_of_few_steps_joins_a_larger_one_unless_it_is_worth_its_program():
@@ -261,3 +295,6 @@ def test_useful_and_processed_tokens_are_counted():
     for part in parts:
         size = sum(v.width * v.size.rows * v.size.t for v in part.slots.visits)
         assert part.processed == size >= part.useful
+    assert sum(int(np.sum(part.slots.total_c)) for part in parts) == len(every)
+    executed = sum(v.width for part in parts for v in part.slots.visits)
+    assert sum(part.executed for part in parts) == executed

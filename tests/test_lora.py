@@ -86,8 +86,19 @@ def test_merged_weights_act_as_the_live_adapter(family, models):
 
 def test_an_adapter_of_another_model_is_not_merged(params):
     other = dataclasses.replace(params.config, d_ff=params.config.d_ff + 2)
-    with pytest.raises(SealError, match="of another model: down"):
-        lora.merge(params, toys.adapter(other, targets=("down",)))
+    for target in ("down", "up"):
+        with pytest.raises(SealError, match=f"of another model: {target}"):
+            lora.merge(params, toys.adapter(other, targets=(target,)))
+
+
+def test_a_merged_weight_is_rounded_once(params):
+    adapter = toys.adapter(params.config, targets=("down",))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    change = adapter.scale * np.matmul(*(np.float64(x["down"]) for x in (adapter.a, adapter.b)))
+    whole = jnp.asarray(np.float64(half.layers["down"]) + change, jnp.bfloat16)
+    found = lora.merge(half, adapter).layers["down"]
+    assert found.dtype == jnp.bfloat16
+    assert np.mean(found != whole) < 0.01  # float32 sums may lie on the other side of a half
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), ("k", "o", "gate", "up", "down")])
@@ -121,6 +132,8 @@ def test_concat_refuses_adapters_of_other_projections(params):
         lora.concat([some, toys.adapter(params.config, targets=("q",))])
     with pytest.raises(SealError, match="no adapters"):
         lora.concat([])
+    with pytest.raises(SealError, match="scale is 0"):
+        lora.concat([some.replace(scale=0.0), some])
 
 
 def test_stacked_adapters_are_not_taken_for_one(params):

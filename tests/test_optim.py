@@ -102,6 +102,14 @@ def test_the_gradient_made_along_with_the_loss_is_the_one_of_it(params, layout):
     chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_an_adapter_is_sound_up_to_a_limit_of_either_sign():
+    numbers = lambda x: {"a": jnp.zeros(3), "b": jnp.array([[0.5, x]])}
+    for x in (0.0, 999.0, -999.0):
+        assert optim.sound(numbers(x))
+    for x in (1001.0, -1001.0, math.inf, -math.inf, math.nan):
+        assert not optim.sound(numbers(x))
+
+
 def test_nothing_to_predict_is_no_loss_and_no_gradient(params, adapter):
     tokens_bt, weights_bt = toys.tokens(2, 14), np.zeros((2, 14), np.int8)
     zero = lambda a: optim.loss(params, a, tokens_bt, weights_bt)

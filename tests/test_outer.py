@@ -4,6 +4,7 @@ import itertools
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
@@ -11,7 +12,7 @@ import toys
 import seal_jax as seal
 from seal_jax import config, experiment, outer, rewards, runs, stats, writing
 from seal_jax import rows as rows_lib
-from seal_jax.batching import SelfEdit
+from seal_jax.batching import Candidate, SelfEdit
 from seal_jax.errors import SealError
 from seal_jax.outer import Scored
 from seal_jax.tasks import Context, Grade
@@ -97,23 +98,43 @@ def test_finetuning_makes_the_kept_self_edits_likelier_and_leaves_the_policy_alo
     contexts = task.contexts[:ROWS]
     rows = [(task.prompt(c), task.references["oracle"](c)) for c in contexts]
     before = [np.asarray(x) for x in jax.tree.leaves(lm.params)]
-    settings = config.Sft(method=method, learning_rate=2e-3, epochs=6, batch_size=ROWS)
+    own = config.Lora(rank=64, alpha=128.0, targets=("q", "v", "up", "down"))
+    settings = config.Sft(method, own, learning_rate=2e-3, epochs=6, batch_size=ROWS)
     params, losses = outer.finetune(lm, rows, settings, jax.random.key(0))
     assert losses.shape == (6,)
     assert losses[-1] < 0.8 * losses[0]
     for a, b in zip(before, jax.tree.leaves(lm.params), strict=True):
         np.testing.assert_array_equal(a, b)
     assert jax.tree.structure(params) == jax.tree.structure(lm.params)
+    layers = lm.params.layers.items()
+    same = {name for name, x in layers if np.array_equal(x, params.layers[name])}
+    assert same == (lm.params.layers.keys() - own.targets if method == "lora" else set())
     again, _ = outer.finetune(lm, rows, settings, jax.random.key(0))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+    if method == "lora":  # its adapter is drawn
+        other, _ = outer.finetune(lm, rows, settings, jax.random.key(1))
+        assert not np.array_equal(other.layers["q"], params.layers["q"])
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_weights_of_bfloat16_are_trained_in_float32():
+    """Steps that are too small for them one by one add up."""
+    architecture = toys.config("qwen2", n_layers=1)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toys.params(architecture))
+    lm = seal.LM(params, toys.Numbers(), architecture)
+    settings = config.Sft("full", learning_rate=1e-4, epochs=20, schedule="constant")
+    found, _ = outer.finetune(lm, [("5 6", "7 8 9")], settings, jax.random.key(0))
+    before, after = params.layers["down"], found.layers["down"]
+    assert after.dtype == jnp.bfloat16 and np.mean(before != after) > 0.5
 
 
 def test_a_rate_of_zero_changes_nothing(tiny):
     lm, task = tiny
     rows = [(task.prompt(c), task.references["oracle"](c)) for c in task.contexts[:ROWS]]
-    settings = config.Sft(method="full", learning_rate=0.0, epochs=1, batch_size=ROWS)
-    params, _ = outer.finetune(lm, rows, settings, jax.random.key(0))
+    settings = config.Sft(method="full", learning_rate=0.0, epochs=1, batch_size=ROWS - 1)
+    params, losses = outer.finetune(lm, rows, settings, jax.random.key(0))
+    assert losses.shape == (2,)  # the second step is of one row
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(lm.params), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -197,6 +218,31 @@ def test_a_folder_that_is_deleted_meanwhile_is_an_error_not_a_reward_of_fewer_se
         else:
             metrics = runs.Metrics(tmp_path)
             outer.test_edits(None, task, edits, 1, file, key, cfg, metrics)
+
+
+@pytest.mark.parametrize(
+    ("losses", "sound", "own", "expected"),
+    [
+        ([3.0, 2.0, 1.0], True, {}, (3, 3.0, 1.0, None, 1.0)),
+        ([3.0, np.nan, np.nan], True, {}, (3, 3.0, None, "diverged at step 1", 1.0)),
+        ([np.inf, np.nan], True, {}, (2, None, None, "the bare model's loss is not finite", 1.0)),
+        ([3.0, 2.0], False, {}, (2, 3.0, 2.0, "diverged at the last step", 1.0)),
+        ([], True, {"error": "line 1: not JSON"}, (0, None, None, "line 1: not JSON", 0.0)),
+        ([3.0, 3.0], True, {"learning_rate": 0.0}, (0, 3.0, 3.0, None, 0.0)),
+        ([3.0], True, {}, (1, 3.0, 3.0, None, 1.0)),
+        ([3.0], True, {"warmup": 1}, (0, 3.0, 3.0, None, 0.0)),  # its only step is at a rate of 0
+    ],
+)
+def test_a_record_says_what_became_of_an_inner_loop(losses, sound, own, expected):
+    cfg = config.Config(
+        inner=config.Inner(warmup_steps=own.pop("warmup", 0)),
+        outer=config.Outer(reward_untrained=False),
+    )
+    candidate = Candidate((), 0.1, 1, 0)._replace(**own)
+    found = rewards._outcome(7, Grade(1.0, ()), [], np.array(losses), sound, candidate, cfg)
+    reward = found.grade.reward
+    assert (found.steps, found.first_loss, found.last_loss, found.error, reward) == expected
+    assert found.at == 7
 
 
 def test_a_round_s_figures_are_of_self_edits_and_errors_over_contexts():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import toys
 
 from seal_jax import __main__ as main
 from seal_jax import (
@@ -23,6 +24,7 @@ from seal_jax import (
     plan_search,
     plan_text,
     readers,
+    sharding,
 )
 from seal_jax import params as params_lib
 from seal_jax.errors import SealError
@@ -168,6 +170,49 @@ def test_training_costs_six_operations_a_weight_and_token_and_little_more():
     # Attention grows with the square of the length.
     extra = lambda t: costs.train_flops(model, settings, t) - t * (6 * numbers)
     assert extra(4000) > 4 * extra(1000)
+
+
+def test_the_floors_of_a_round_are_those_worked_out_by_hand():
+    """Of the toy model: 5,392 numbers in matrices, 160 in an adapter, 96 bytes of cache a token."""
+    model, adapter = toys.config("qwen2"), config.Lora(rank=2, targets=("q",))
+    cfg = config.Config(
+        lora=adapter,
+        inner=config.Inner(epochs=2, batch_size=3),
+        sampling=config.Sampling(n=3),
+        outer=config.Outer(
+            contexts=2, seeds=2, keep=1, sft=config.Sft(lora=adapter, epochs=2, batch_size=10)
+        ),
+    )
+    chip = hardware.Chip(flops=1e9, memory=1e6, links=1e5)
+    work = costs.Workload(lines=3, line=10, passage=20, prompt=30, written=12)
+    work = work._replace(questions=2, question=8, answer=4)
+    train = lambda *lengths: sum(costs.train_flops(model, adapter, t) for t in lengths)
+    attention = lambda t: 2 * t * t * 2 * 4 * 6
+    # Two passes forward and one back, and an adapter's own gradient.
+    assert train(10) == 10 * (3 * 2 * 5392 + 4 * 2 * 160) + 4 * attention(10)
+    split = types.SimpleNamespace(size=4, shape={sharding.DATA: 2, sharding.MODEL: 2})
+    # 12 loops, 5 at a time: 3 times 2 epochs of 2 steps. Weights are read three times a step, half
+    # of them from the other half of the devices; of each state seven numbers.
+    flops = 12 * 2 * train(20, 10, 10, 10)
+    found = costs.inner_loops(model, cfg, chip, split, 5, work)
+    read, state = 3 * 2 * 5392 / 2, 7 * 4 * 160 * 5 / 2
+    expected = (flops, flops / 4e9, 12 * (read + state) / 1e6, 12 * read / 2 / 1e5)
+    assert found == pytest.approx(expected) and found.seconds == found.links
+    # Two self-edits of 42 tokens with their prompts, twice, in one batch.
+    flops = 2 * 2 * train(42)
+    found = costs.finetuning(model, cfg, chip, split, work)
+    assert found == pytest.approx((flops, flops / 4e9, 2 * read / 1e6, 2 * read / 2 / 1e5))
+    # 6 self-edits, 4 at once, and 24 answers, 10 at once: a token of all reads weights and caches.
+    mesh = sharding.make(config.Mesh(), jax.devices()[:1])
+    made = costs.round_of(model, cfg, chip, mesh, "tensor", chunk=5, writers=4, work=work)
+    assert list(made) == ["write self-edits", "inner loops", "answer", "finetune"]
+    weights = 2 * sum(x.size for x in jax.tree.leaves(params_lib.shapes(model)))
+    flops = 2 * 5392 * (2 * 30 + 6 * 12) + 2 * attention(30)
+    seconds = 2 * 12 * (weights + 96 * (30 + 6) * 4) / 1e6
+    assert made["write self-edits"] == pytest.approx((flops, flops / 1e9, seconds, 0.0))
+    flops = 2 * 5392 * 24 * (8 + 4) + 24 * attention(8)
+    seconds = 3 * 4 * (weights + 96 * (8 + 2) * 10) / 1e6
+    assert made["answer"] == pytest.approx((flops, flops / 1e9, seconds, 0.0))
 
 
 def test_no_more_is_assumed_than_the_settings_allow():

@@ -39,6 +39,14 @@ def test_a_tree_bound_to_a_device_is_restored_there(tmp_path):
     assert restored["a"].committed and restored["a"].devices() == {device}
 
 
+def test_arrays_of_other_shapes_are_refused(tmp_path):
+    folder = tmp_path / "policy"
+    state.save_tree(folder, {"a": jnp.arange(6.0)})
+    for shape in (5, 7, (2, 3)):
+        with pytest.raises(SealError, match="policy: holds arrays of other shapes"):
+            state.load_tree(folder, {"a": jnp.zeros(shape)})
+
+
 def test_what_cannot_be_saved_is_a_sentence_and_leaves_no_folder(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SealError, match="policy: cannot be saved"):
@@ -84,6 +92,27 @@ def test_trees_are_told_apart_by_their_sums(tmp_path):
     first, again, *rest = (state.sums(tmp_path / str(i)) for i in range(5))
     assert first == again and set(first) == {"a", "b"}
     assert all(first != other for other in rest)
+
+
+def test_sums_are_those_of_folders_that_were_saved_before(tmp_path):
+    """With another sum every policy on disk would be damaged."""
+    tree = {"a": jnp.arange(5.0), "b": jnp.arange(3.0, dtype=jnp.bfloat16), "c": jnp.uint8([1, 2])}
+    assert not state.is_saved(tmp_path / "policy")
+    state.save_tree(tmp_path / "policy", tree)
+    assert state.is_saved(tmp_path / "policy")
+    assert state.sums(tmp_path / "policy") == {
+        "a": ["float32", 2357401932],
+        "b": ["bfloat16", 2418092106],
+        "c": ["uint8", 2185423805],
+    }
+
+
+def test_a_tree_that_is_there_is_not_written_over(tmp_path):
+    folder, tree = tmp_path / "policy", {"a": jnp.arange(3.0)}
+    state.save_tree(folder, tree)
+    with pytest.raises(SealError, match="policy: cannot be saved"):
+        state.save_tree(folder, {"a": jnp.zeros(3)})
+    chex.assert_trees_all_equal(state.load_tree(folder, tree), tree)
 
 
 def test_a_tree_may_be_read_as_another_type_and_come_without_sums(tmp_path):

@@ -1,5 +1,6 @@
 """Chunks side by side: results in order, errors reach the consumer, no program is made twice."""
 
+import signal
 import threading
 import time
 
@@ -48,6 +49,24 @@ def test_a_consumer_that_stops_leaves_nothing_running():
     next(results)
     results.close()
     assert threading.active_count() == running
+
+
+def test_on_ctrl_c_work_that_waits_is_not_begun():
+    begun, main = [], threading.get_ident()
+
+    def work(i):
+        begun.append(i)
+        time.sleep(0.1)  # until the consumer waits for this item
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.3)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist's workers ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(streams.ordered(work, range(9), 1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun == [0]
 
 
 def test_work_is_done_under_the_settings_of_its_caller():
