@@ -123,9 +123,13 @@ def test_weights_of_bfloat16_are_trained_in_float32():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toys.params(architecture))
     lm = seal.LM(params, toys.Numbers(), architecture)
     settings = config.Sft("full", learning_rate=1e-4, epochs=20, schedule="constant")
-    found, _ = outer.finetune(lm, [("5 6", "7 8 9")], settings, jax.random.key(0))
+    found, losses = outer.finetune(lm, [("5 6", "7 8 9")], settings, jax.random.key(0))
     before, after = params.layers["down"], found.layers["down"]
     assert after.dtype == jnp.bfloat16 and np.mean(before != after) > 0.5
+    # The loss is on the self-edit and the end of it, given the prompt.
+    log_p = jax.nn.log_softmax(toys.forward(params, None, np.array([5, 6, 7, 8, 9])))
+    expected = -np.mean([log_p[0, i, token] for i, token in enumerate((7, 8, 9, toys.EOS), 1)])
+    np.testing.assert_allclose(losses[0], expected, rtol=0.02)
 
 
 def test_a_rate_of_zero_changes_nothing(tiny):
