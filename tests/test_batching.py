@@ -13,6 +13,7 @@ import toys
 from seal_jax import batching
 from seal_jax import slots as slots_lib
 from seal_jax.config import Inner
+from seal_jax.errors import SealError
 from seal_jax.tasks import Context, Edit, Example, squad
 
 KEY = jax.random.key(5)
@@ -106,6 +107,9 @@ def test_chunks_of_one_call_share_one_shape_and_fill_up():
     assert len(chunks) == 3 and len(shapes) == 1
     places = np.concatenate([chunk.index for chunk in chunks])
     assert sorted(places) == [-1, 0, 1, 2, 3, 4]
+    for devices, size in ((3, 3), (4, 4)):  # that share a chunk out
+        found = slots_lib.arrange(batch, 2, KEY, devices)
+        assert all(len(part.index) == len(part.slots.total_c) == size for part in found)
 
 
 def test_useful_and_processed_tokens_are_counted():
@@ -152,6 +156,23 @@ def test_a_self_edit_that_cannot_be_applied_trains_nothing_and_says_why():
     found = all_visits(batch, 0)
     assert [len(found[i]) for i in range(3)] == [0, 0, 6]
     assert all_visits(toys.batch(["bad"]), 0) == {0: []}
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 9), (2, 4), (0, 3)])
+def test_a_batch_counts_towards_the_limit_of_steps_as_far_as_it_is_full(batch_size, steps):
+    """As in the reference: three epochs of 3 texts are 4 full batches of 2."""
+    error = f"asks for {steps} steps, more than {steps - 1}"
+    for most, expected in ((steps, None), (steps - 1, error)):
+        settings = Inner(batch_size=batch_size, max_steps=most)
+        assert toys.batch(["1 2;3 4;5 6;epochs=3"], settings).candidates[0].error == expected
+
+
+def test_without_an_end_of_text_nothing_is_packed():
+    tokenizer = toys.Numbers()
+    tokenizer.eos_token_id = None
+    with pytest.raises(SealError, match="names no end-of-text token: pass eos_id"):
+        batching.pack(toys.task(), [], tokenizer, Inner())
+    assert batching.pack(toys.task(), [], tokenizer, Inner(), eos_id=7).eos_id == 7
 
 
 @pytest.mark.parametrize(

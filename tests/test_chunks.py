@@ -4,6 +4,7 @@ import types
 
 import jax
 import toys
+from jax.sharding import AbstractMesh, AxisType
 
 from seal_jax import chunks, config, inner, lanes, programs, sharding
 from seal_jax.batching import Batch
@@ -94,6 +95,17 @@ def test_in_lockstep_a_call_has_room_for_every_step(monkeypatch):
         own = chunks._call(toys.batch(written, config.Inner(batch_size=batch_size)), mesh, 4)
         assert (own.residents, own.width, own.size.rows) == (4, 1, rows)
         assert t <= own.size.t < 1.5 * t
+
+
+def test_on_a_mesh_every_device_has_as_many_candidates(monkeypatch):
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    weights, made = toys.params(CONFIG), batch()
+    needed = lambda weights, lora, own, call: 100 + 10 * call.residents
+    monkeypatch.setattr(sharding, "of", lambda params: mesh)
+    monkeypatch.setattr(chunks, "_bytes", needed)
+    for limit, chunk in ((10_000, 48), (579, 32), (300, 16), (299, 16), (1, 4)):
+        assert chunks.choose(weights, made, CFG, limit).chunk == chunk
+    assert chunks.choose(weights, batch(chunk=7), CFG, 10_000).chunk == 7
 
 
 def test_on_a_mesh_the_compiler_is_asked_about_weights_of_their_own_type(monkeypatch):

@@ -10,6 +10,7 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from seal_jax import checkpoint, sharding
 from seal_jax import config as config_lib
@@ -44,6 +45,16 @@ def test_weights_read_to_a_mesh_are_those_read_whole(params, tmp_path):
     back = checkpoint.read_params(folder, params.config, jnp.float32, places)
     chex.assert_trees_all_equal(back, params)
     assert jax.tree.map(lambda x: x.sharding, back) == places
+
+
+def test_a_model_is_loaded_to_the_devices_of_its_mesh(monkeypatch):
+    """Runs leave the same records wherever weights lie: only memory would tell."""
+    asked = []
+    monkeypatch.setattr(checkpoint, "read_params", lambda *args: asked.append(args[3]))
+    mesh = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    for own in (None, mesh):
+        config = checkpoint.load_model("tiny-world", mesh=own).config
+    assert asked == [None, sharding.weights(config, mesh)]
 
 
 def test_weights_are_read_a_few_rows_at_a_time_without_a_change(params, tmp_path, monkeypatch):

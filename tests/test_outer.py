@@ -124,9 +124,13 @@ def test_weights_of_bfloat16_are_trained_in_float32():
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), toys.params(architecture))
     lm = seal.LM(params, toys.Numbers(), architecture)
     settings = config.Sft("full", learning_rate=1e-4, epochs=20, schedule="constant")
-    found, _ = outer.finetune(lm, [("5 6", "7 8 9")], settings, jax.random.key(0))
+    found, losses = outer.finetune(lm, [("5 6", "7 8 9")], settings, jax.random.key(0))
     before, after = params.layers["down"], found.layers["down"]
     assert after.dtype == jnp.bfloat16 and np.mean(before != after) > 0.5
+    # The loss is on the self-edit and the end of it, given the prompt.
+    log_p = jax.nn.log_softmax(toys.forward(params, None, np.array([5, 6, 7, 8, 9])))
+    expected = -np.mean([log_p[0, i, token] for i, token in enumerate((7, 8, 9, toys.EOS), 1)])
+    np.testing.assert_allclose(losses[0], expected, rtol=0.02)
 
 
 def test_a_rate_of_zero_changes_nothing(tiny):
@@ -243,6 +247,64 @@ def test_a_record_says_what_became_of_an_inner_loop(losses, sound, own, expected
     reward = found.grade.reward
     assert (found.steps, found.first_loss, found.last_loss, found.error, reward) == expected
     assert found.at == 7
+
+
+def test_each_self_edit_is_answered_graded_and_recorded_as_itself(monkeypatch):
+    """Chunks take those with most steps first: none of these is where it was."""
+    epochs = [2, 1, 3, 5, 4]
+    contexts = [Context(name) for name in "abcde"]
+    edits = [SelfEdit(c, 0, f"epochs={n};1 2") for c, n in zip(contexts, epochs, strict=True)]
+    own = lambda context, answers: Grade(float(answers == [context.id]), ())
+    task, lm = toys.task()._replace(grade=own), seal.LM(None, toys.Numbers(), toys.config())
+    # Of each: losses of 10, 11, ... times its place, and whether that is even.
+    losses = lambda index: 10.0 * index[:, None] + np.arange(9.0)
+    adapt = lambda params, batch, chunk, key, settings: (chunk.index, losses(chunk.index))
+    monkeypatch.setattr(rewards.chunks, "choose", lambda params, batch, cfg: batch.settings)
+    monkeypatch.setattr(rewards.readers, "readable", lambda lm: toys.params(lm.config))
+    monkeypatch.setattr(rewards.inner, "adapt_chunk", adapt)
+    monkeypatch.setattr(rewards.inner, "sound", lambda index: index % 2 == 0)
+    monkeypatch.setattr(rewards, "answer", lambda lm, task, some, *_, **__: [[c.id] for c in some])
+    cfg = config.Config(inner=config.Inner(chunk=2))
+    found = [x for x, _ in rewards.evaluate(lm, task, edits, jax.random.key(0), cfg)]
+    assert [[x.at for x in part] for part in found] == [[3, 4], [2, 0], [1]]
+    for one in itertools.chain(*found):
+        n, first = epochs[one.at], 10.0 * one.at
+        assert (one.grade.reward, one.steps) == (1.0, n)
+        assert (one.first_loss, one.last_loss) == (first, first + n - 1)
+        assert one.error == (None if one.at % 2 == 0 else "diverged at the last step")
+
+
+def test_what_is_on_file_is_neither_written_nor_tested_again(tmp_path, monkeypatch):
+    cfg = config.Config(sampling=config.Sampling(n=1, chunk=1))
+    contexts = [Context(name) for name in "abc"]
+    edits = [SelfEdit(context, 0, "text") for context in contexts]
+    written, tested = [], []
+
+    def write(lm, task, some, *args, **kwargs):
+        written.extend(context.id for context in some)
+        return [[writing.Written(edits[contexts.index(context)], 1, 0.0, True)] for context in some]
+
+    def evaluate(*args, done, **kwargs):
+        for at in range(3):
+            if not done([at]):
+                tested.append(at)
+                outcome = rewards.Outcome(at, Grade(1.0, ()), [], 1, 1.0, 0.5, None)
+                yield [outcome], rewards.Efficiency()
+
+    monkeypatch.setattr(outer.readers, "ready", lambda lm, mesh: lm)
+    monkeypatch.setattr(outer.sampling, "encode", lambda lm, prompt: [1])
+    monkeypatch.setattr(outer.writing, "write", write)
+    monkeypatch.setattr(outer.rewards, "evaluate", evaluate)
+    task, key, metrics = toys.task(), jax.random.key(0), runs.Metrics(tmp_path)
+    for again in (False, True):
+        outer.write_edits(None, task, contexts, 1, tmp_path / "edits.jsonl", key, cfg)
+        outer.test_edits(None, task, edits, 2, tmp_path / "rewards.jsonl", key, cfg, metrics)
+        assert (written, tested) == ((["b"], [1]) if again else (["a", "b", "c"], [0, 1, 2] * 2))
+        written.clear(), tested.clear()
+        for name in ("edits", "rewards"):  # as after a kill
+            rows = runs.records(tmp_path / f"{name}.jsonl")
+            kept = [x for x in rows if x["context"] != "b" or x.get("seed") == 0]
+            runs.write_lines(tmp_path / f"{name}.jsonl", kept)
 
 
 def test_a_round_s_figures_are_of_self_edits_and_errors_over_contexts():

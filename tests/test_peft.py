@@ -70,6 +70,16 @@ def test_the_files_are_as_peft_writes_them(saved, adapter, cfg):
     np.testing.assert_array_equal(tensors[f"{prefix}.lora_B.weight"], adapter.b["down"][1].T)
 
 
+def test_the_base_model_is_that_of_its_revision(adapter, cfg, tmp_path, monkeypatch):
+    own = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, revision="v2"))
+    folder = peft.save_peft(adapter, tmp_path / "adapter", own)
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "v2"
+    find, asked = checkpoint.find, []
+    monkeypatch.setattr(checkpoint, "find", lambda *args: asked.append(args) or find(*args))
+    peft.load_peft(folder, own)
+    assert asked == [(cfg.model.path, "v2")]
+
+
 def test_harmless_settings_and_patterns_are_accepted(saved, adapter, params):
     """What PEFT 0.21 writes for a plain adapter, and a target given as a pattern."""
     plain = dict(
