@@ -283,14 +283,18 @@ def alone(folder: files.AnyPath) -> Iterator[None]:
 
 def append(file: Path, rows: Iterable[Record]) -> None:
     """Appends records in one write, and waits until they are on disk."""
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+    lines = [_line(row) for row in rows]
     if lines:
         files.append(file, _bytes("".join(lines)))
 
 
 def write_lines(file: Path, rows: Iterable[Record]) -> None:
     """Writes a JSON-lines file that is there whole or not at all."""
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(file, "".join(map(_line, rows)))
+
+
+def _line(row: Record) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class Metrics:

@@ -240,8 +240,3 @@ def _checked(tree: Any, like: Any, folder: files.AnyPath) -> Any:
     if not all(jax.tree.leaves(same)):
         raise SealError(f"{folder}: holds arrays of other shapes than these settings make")
     return tree
-
-
-def size(tree: Any) -> int:
-    """Returns the bytes of all arrays of a tree."""
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
