@@ -320,6 +320,15 @@ def test_tokenizer_files_of_another_kind_are_refused(copy, file, text):
         checkpoint.load_tokenizer(copy)
 
 
+def test_code_in_a_model_folder_is_never_run(tmp_path):
+    folder = Path(shutil.copytree(checkpoint.BUILT_IN["tiny-world"], tmp_path / "copy"))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    asked = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(asked))
+    checkpoint.load_tokenizer(folder)  # as one of transformers' own
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", [5, None, "", "../x", "/x"])
 def test_an_index_names_files_of_its_folder(copy, name):
     table = {"weight_map": {"model.embed_tokens.weight": name}}

@@ -150,6 +150,7 @@ def test_stacked_adapters_come_back_as_they_were(params):
     stacked = lora.stack(parts)
     for i, part in enumerate(parts):
         chex.assert_trees_all_equal(lora.take(stacked, i), part)
+    chex.assert_trees_all_equal(lora.take(stacked, -1), parts[2])
     chex.assert_trees_all_equal(lora.take(stacked, [2, 0]), lora.stack([parts[2], parts[0]]))
 
 

@@ -62,7 +62,8 @@ def test_packing_texts_into_a_row_changes_no_loss(params, adapter):
 def test_logits_of_counted_places_alone_change_neither_loss_nor_gradient(params, adapter):
     tokens_bt = toys.tokens(2, 14)
     weights_bt = np.zeros((2, 14), np.int8)
-    weights_bt[0, [0, 3, 6, 9, 13]] = weights_bt[1, 12] = 1  # 0 and 6 are first tokens of a text
+    weights_bt[0, [0, 3, 6, 9, 13]] = 1  # 0 and 6 are first tokens of a text
+    weights_bt[1, [1, 2, 12]] = 1  # fewer: room is left, which must not count the first ones twice
     segments_bt = np.repeat([[1, 2, 3]], (6, 3, 5), axis=1).repeat(2, axis=0)
     texts = (tokens_bt, weights_bt, segments_bt)
     whole = jax.jit(jax.value_and_grad(lambda a: optim.loss(params, a, *texts)))(adapter)

@@ -138,6 +138,7 @@ def test_what_we_cannot_honour_is_refused_by_name(saved, params, setting):
         ({"r": 0}, "r=0 is no rank"),
         ({"r": None}, "r=None is no rank"),
         ({"lora_alpha": "8"}, "lora_alpha='8' is no number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan is no number"),
     ],
 )
 def test_a_broken_setting_is_named(saved, params, setting, sentence):
@@ -222,4 +223,6 @@ def test_half_precision_adapters_are_read_as_float32(saved, adapter, params):
 
     edit_tensors(saved, halve)
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), adapter)
-    chex.assert_trees_all_equal(peft.load_peft(saved, params.config), expected)
+    found = peft.load_peft(saved, params.config)
+    chex.assert_trees_all_equal(found, expected)
+    chex.assert_trees_all_equal_dtypes(found, expected)
