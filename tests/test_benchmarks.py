@@ -72,6 +72,14 @@ def test_generate(tmp_path):
 
 
 @pytest.mark.slow
+def test_mesh(tmp_path):
+    result = quick("mesh", tmp_path)
+    useful = {row["way"]: row["useful"] for row in result["planned"]}
+    assert 0 < useful["lockstep"] < useful["lanes"] <= 1
+    assert all(row["candidates_per_s"] > 0 for row in result["run"])
+
+
+@pytest.mark.slow
 def test_round(tmp_path):
     check_cache(quick("round", tmp_path)["runs"])
 
