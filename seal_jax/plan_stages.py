@@ -81,8 +81,8 @@ def inner(own: Setting, wanted: int) -> Fit:
     return _find(own, at, wanted, own.parts, edits, int(guess))
 
 
-def _lanes(own: Setting, count: int) -> programs.Memory:
-    """Returns the bytes of inner loops in lanes, `count` candidates resident on all devices."""
+def _largest_call(own: Setting, count: int) -> lanes.Call:
+    """Returns the largest call with `count` candidates resident on all devices."""
     work, cfg = own.work, own.cfg
     text = lambda size: Text(np.zeros(size, np.int32), np.ones(size, np.int8), size)
     usual = (text(min(work.passage, own.tokens)), *[text(min(work.line, own.tokens))] * work.lines)
@@ -90,28 +90,39 @@ def _lanes(own: Setting, count: int) -> programs.Memory:
     many = max(count, cfg.outer.contexts * cfg.sampling.n)
     batch = Batch((made(text(own.tokens)), *[made(*usual)] * (many - 1)), cfg.inner, 0)
     tokens = visits.TOKENS["cpu" if own.on_cpu else "other"]
-    call = lanes.largest_call(batch, count, tokens, parts=own.parts)
+    return lanes.largest_call(batch, count, tokens, parts=own.parts)
+
+
+def _lanes(own: Setting, count: int) -> programs.Memory:
+    """Returns the bytes of inner loops in lanes, `count` candidates resident on all devices."""
+    cfg, call = own.cfg, _largest_call(own, count)
     layout = "fsdp" if own.mesh.size > 1 else own.layout
     params = programs.weights(own.config, own.mesh, layout, cfg.model.dtype)
     remat = cfg.inner.remat == "layers" or (cfg.inner.remat == "auto" and not own.on_cpu)
     return programs.lanes_memory(params, cfg.lora, cfg.inner, call, remat=remat, mesh=own.mesh)
 
 
-def answer(own: Setting, chunk: int) -> Fit:
-    """Returns the answers of as many of a chunk's candidates as are answered together."""
+def answer(own: Setting, count: int) -> Fit:
+    """Returns the answers of as many of a chunk's candidates as are answered together.
+
+    Args:
+      count: Candidates that are adapted at a time; in lanes a chunk has several times as many.
+    """
+    lockstep = sharding.splits_adapters(own.mesh)
+    chunk = count // own.parts if lockstep else _largest_call(own, count).chunk
     rows = own.cfg.answers.chunk // own.parts or rows_lib.fitting(
         own.config,
-        own.limit - own.weights - own.copy - 2 * own.adapter * (chunk // own.parts),
+        own.limit - own.weights - own.copy - 2 * own.adapter * chunk,
         rows_lib.MOST["other"],
         own.work.question,
         (own.cfg.answers.max_tokens,),
         1,
         own.itemsize,
     )
-    each = max(1, min(chunk // own.parts, rows // _QUESTIONS))
+    each = max(1, min(chunk, rows // _QUESTIONS))
     # Training's weights lie beside the copy that is read, and all adapters beside those in use.
     besides = own.weights if own.copy else 0
-    besides += own.adapter * (chunk // own.parts) if each * own.parts < chunk else 0
+    besides += own.adapter * chunk if each < chunk else 0
     shape = (_QUESTIONS, own.work.question, own.layout)
     lower = lambda c: programs.answering(own.config, own.cfg, own.mesh, c, *shape)
     at = _at(own, "answers", _program(lower), besides)

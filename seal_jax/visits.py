@@ -305,7 +305,8 @@ class _Progress:
         self.queues = queues
         self.at = [0] * len(queues)
         self.left = [len(queue) for queue in queues]
-        with_steps = [i for i in (own or range(len(queues))) if i < len(queues) and self.left[i]]
+        own = range(len(queues)) if own is None else own
+        with_steps = [i for i in own if i < len(queues) and self.left[i]]
         self.waiting = sorted(with_steps, key=lambda i: (self.left[i], -i))
         places = range(min(residents, len(with_steps)))
         self.start = [Move(k, -1, self.waiting.pop()) for k in places]

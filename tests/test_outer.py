@@ -263,7 +263,9 @@ def test_each_self_edit_is_answered_graded_and_recorded_as_itself(monkeypatch):
     monkeypatch.setattr(rewards.readers, "readable", lambda lm: toys.params(lm.config))
     monkeypatch.setattr(rewards.inner, "adapt_chunk", adapt)
     monkeypatch.setattr(rewards.inner, "sound", lambda index: index % 2 == 0)
-    monkeypatch.setattr(rewards, "answer", lambda lm, task, some, *_, **__: [[c.id] for c in some])
+    monkeypatch.setattr(
+        rewards, "answer", lambda lm, task, some, *_, **__: [[c and c.id] for c in some]
+    )
     cfg = config.Config(inner=config.Inner(chunk=2))
     found = [x for x, _ in rewards.evaluate(lm, task, edits, jax.random.key(0), cfg)]
     assert [[x.at for x in part] for part in found] == [[3, 4], [2, 0], [1]]
