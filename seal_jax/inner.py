@@ -146,6 +146,12 @@ def chunk_size(settings: config_lib.Inner) -> int:
     return max(4, os.cpu_count() or 1) if jax.default_backend() == "cpu" else 64
 
 
+def chunks_at_once(params: Params) -> int:
+    """Returns how many chunks are worked on at once; see `streams.count`."""
+    mesh = sharding.of(params)
+    return streams.count(1 if mesh is None else mesh.size)
+
+
 def arrange(params: Params, batch: Batch, key: jax.Array) -> Iterator[slots_lib.Chunk]:
     """Yields the chunks in which a batch is adapted: in lanes, but in lockstep where an adapter is
     split over devices.
@@ -243,7 +249,7 @@ def adapt_many(
         jax.block_until_ready((some, loss))
         return chunk, some, loss
 
-    at_once = streams.count(sharding.size(sharding.of(params)))
+    at_once = chunks_at_once(params)
     for chunk, some, loss in streams.ordered(work, arrange(params, batch, key), at_once):
         adapters.append(some)
         steps_c1 = np.asarray(chunk.slots.total_c)[:, None]

@@ -295,6 +295,7 @@ def run(
 
 
 def _run(params, lanes: Lanes, ids, key, adapter, settings, remat: bool, mesh):
+    """Returns what `run` does; programs are traced for the mesh, if there is one."""
     form = lora.form_of(lora.shapes(params.config, adapter))
     key = sharding.share(key, mesh)
     share = len(lanes.total_c) // lanes.parts

@@ -164,7 +164,7 @@ def evaluate(
         return chunk, answers, *sharding.fetch((losses, inner.sound(adapters)))
 
     todo = (c for c in inner.arrange(params, batch, key) if not done(_places(c)))
-    at_once = streams.count(sharding.size(sharding.of(params)))
+    at_once = inner.chunks_at_once(params)
     for chunk, answers, losses, sound in streams.ordered(work, todo, at_once):
         steps, places = np.asarray(chunk.slots.total_c), _places(chunk)
         rows = np.flatnonzero(chunk.index >= 0)

@@ -77,11 +77,6 @@ def current() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def size(mesh: Mesh | AbstractMesh | None) -> int:
-    """Returns the number of devices."""
-    return 1 if mesh is None else mesh.size
-
-
 def data_size(mesh: Mesh | AbstractMesh | None) -> int:
     """Returns the number of devices that share out candidates: chunks are multiples of it."""
     return 1 if mesh is None else mesh.shape[DATA]
