@@ -302,9 +302,9 @@ class Metrics:
 
     def __init__(self, folder: Path, trackers: Sequence[str] = (), name: str = "run"):
         self._file = folder / "metrics.jsonl"
-        rows = records(self._file)
+        rows = records(self._file, stage=str)
         self._step = len(rows)
-        self._stages = {row.get("stage") for row in rows}
+        self._stages = {row["stage"] for row in rows}
         own = trackers if multihost.leads() else ()
         self._sinks = [_tracker(kind, folder, name) for kind in own]
 
@@ -312,14 +312,13 @@ class Metrics:
         """Returns whether a stage has a line already, as in a run that comes by again."""
         return stage in self._stages
 
-    def log(self, **scalars: float | int | str) -> None:
+    def log(self, stage: str, **scalars: float | int) -> None:
         """Appends one line of scalars."""
-        append(self._file, [{"time": round(time.time(), 3), **scalars}])
-        numbers = {k: v for k, v in scalars.items() if isinstance(v, int | float)}
+        append(self._file, [{"time": round(time.time(), 3), "stage": stage, **scalars}])
         for sink in self._sinks:
-            sink(self._step, numbers)
+            sink(self._step, scalars)
         self._step += 1
-        self._stages.add(scalars.get("stage"))
+        self._stages.add(stage)
 
 
 def check_trackers(kinds: Sequence[str]) -> None:

@@ -68,6 +68,12 @@ def test_scalars_go_to_a_file_and_to_tensorboard(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_scalars_of_no_stage_are_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "x"}\n{"stage": [null]}\n')
+    with pytest.raises(SealError, match="metrics.jsonl, line 2: 'stage'"):
+        runs.Metrics(tmp_path)
+
+
 def test_a_folder_that_was_not_begun_is_begun(tmp_path):
     (tmp_path / "environment.json").write_text("{")
     (tmp_path / ".config.yaml.partial").write_text("half")
