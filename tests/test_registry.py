@@ -56,3 +56,10 @@ def test_what_cannot_be_loaded_is_named(module, name, words):
 def test_a_judge_that_would_not_be_asked_is_refused(name, judge):
     with pytest.raises(SealError, match=f"task.judge={judge}: answers of {name} are compared"):
         load_task(config.Task(name=name, judge=judge))
+
+
+@pytest.mark.parametrize("name", ["tiny-world", "tiny-grids"])
+@pytest.mark.parametrize("key", ["path", "held_out"])
+def test_a_file_that_would_not_be_read_is_refused(name, key):
+    with pytest.raises(SealError, match=f"task.{key}=my.json: {name} makes its own"):
+        load_task(config.Task(name=name, **{key: "my.json"}))

@@ -29,6 +29,9 @@ def load_task(
     name = settings.name
     if name in ("arc", "tiny-world", "tiny-grids") and settings.judge in ("openai", "model"):
         raise SealError(f"task.judge={settings.judge}: answers of {name} are compared, not judged")
+    for key in ("path", "held_out") if name in ("tiny-world", "tiny-grids") else ():
+        if file := getattr(settings, key):
+            raise SealError(f"task.{key}={file}: {name} makes its own; see task.name=squad or arc")
     if name == "squad":
         from seal_jax.tasks import squad
 
