@@ -61,5 +61,5 @@ def test_a_judge_that_would_not_be_asked_is_refused(name, judge):
 @pytest.mark.parametrize("name", ["tiny-world", "tiny-grids"])
 @pytest.mark.parametrize("key", ["path", "held_out"])
 def test_a_file_that_would_not_be_read_is_refused(name, key):
-    with pytest.raises(SealError, match=f"task.{key}=my.json: {name} makes its own"):
+    with pytest.raises(SealError, match=f"task.{key}=my.json: {name} makes its own contexts"):
         load_task(config.Task(name=name, **{key: "my.json"}))

@@ -29,9 +29,9 @@ def load_task(
     name = settings.name
     if name in ("arc", "tiny-world", "tiny-grids") and settings.judge in ("openai", "model"):
         raise SealError(f"task.judge={settings.judge}: answers of {name} are compared, not judged")
-    for key in ("path", "held_out") if name in ("tiny-world", "tiny-grids") else ():
-        if file := getattr(settings, key):
-            raise SealError(f"task.{key}={file}: {name} makes its own; see task.name=squad or arc")
+    if name in ("tiny-world", "tiny-grids") and (settings.path or settings.held_out):
+        given = f"path={settings.path}" if settings.path else f"held_out={settings.held_out}"
+        raise SealError(f"task.{given}: {name} makes its own contexts; squad and arc read files")
     if name == "squad":
         from seal_jax.tasks import squad
 
